@@ -24,7 +24,9 @@ def parse_bytes(text: str | int) -> int:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     unit = match.group(2).lower() if match else ""
     if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
-        raise UsageError(f"{text!r} is no amount of memory", hint="write it as 256MiB, 2GiB or 5GB", text=text)
+        raise UsageError(
+            f"{text!r} is no amount of memory", hint="write it as 256MiB, 2GiB or 5GB", text=text
+        )
     return int(float(match.group(1)) * _UNITS[unit])
 
 
@@ -32,7 +34,13 @@ def format_bytes(count: float) -> str:
     """`count` bytes with a binary unit and three significant digits."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+            return (
+                f"{count:.0f} B"
+                if unit == "B"
+                else f"{count:.3g} {unit}"
+                if count < 1000
+                else f"{count:.0f} {unit}"
+            )
         count /= 1024
     raise AssertionError("unreachable")
 

@@ -64,7 +64,9 @@ class Registry(Generic[T]):
     def _add(self, found: dict[str, type[T]], entry: type[T]) -> None:
         name: str = entry.name  # type: ignore[attr-defined]
         if name in found:
-            raise TypeError(f"two {self.kind}s are named {name!r}: {found[name].__module__}, {entry.__module__}")
+            raise TypeError(
+                f"two {self.kind}s are named {name!r}: {found[name].__module__}, {entry.__module__}"
+            )
         found[name] = entry
 
     def __iter__(self) -> Iterator[type[T]]:

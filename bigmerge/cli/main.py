@@ -38,7 +38,8 @@ def build_app() -> typer.Typer:
     @app.callback(help="Merge models that are larger than memory, weighted by their Fisher information.")
     def root(
         version: Annotated[
-            bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+            bool,
+            typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit."),
         ] = False,
     ) -> None:
         del version
