@@ -2,7 +2,7 @@
 
     import bigmerge
 
-    bigmerge.estimate_fisher("path/to/model", "fishers/model", dataset="data.csv", task="sequence-classification")
+    bigmerge.estimate_fisher("path/to/model", "fishers/model", dataset="data.csv")
     bigmerge.merge(["shards/a", "shards/b"], "merged")
 
 Everything heavy (torch, transformers) is imported where it is used, so importing this package costs nothing.

@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterator
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from bigmerge.errors import UsageError
 
@@ -30,7 +30,7 @@ class Registry(Generic[T]):
         group: entry-point group for other distributions.
     """
 
-    def __init__(self, kind: str, package: str, base: type[T], group: str) -> None:
+    def __init__(self, kind: str, package: str, base: Any, group: str) -> None:
         self.kind = kind
         self.package = package
         self.base = base

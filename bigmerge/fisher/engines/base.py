@@ -53,4 +53,4 @@ class Engine(ABC):
 
 ENGINES: Registry[Engine] = Registry(
     "per-example engine", "bigmerge.fisher.engines", Engine, "bigmerge.engines"
-)  # type: ignore[type-abstract]
+)

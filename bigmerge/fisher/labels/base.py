@@ -30,8 +30,8 @@ class LabelSource(ABC):
     def columns(self, scores: Scores, ids: Sequence[int]) -> Iterator[torch.Tensor]:
         """Vectors v at the logits, (B, S, K) float32 like `scores.logits`, zero where nothing is scored.
 
-        Σ over columns of E[v vᵀ] per example is the covariance of the label's score under this source. What is
-        random is keyed by (seed, example id, draw), so it depends neither on the batch nor on the process.
+        Σ over columns of E[v vᵀ] per example is the covariance of the label's score under this source.
+        What is random is keyed by (seed, example id, draw), so it depends neither on the batch nor on the process.
         """
 
     @abstractmethod
@@ -41,4 +41,4 @@ class LabelSource(ABC):
 
 LABELS: Registry[LabelSource] = Registry(
     "label source", "bigmerge.fisher.labels", LabelSource, "bigmerge.labels"
-)  # type: ignore[type-abstract]
+)

@@ -67,7 +67,7 @@ class Task(ABC):
         """One row as plain lists and ints: the tokenizer's outputs plus "target".
 
         Raises:
-            DatasetError: the label is outside the head's range, the text is missing or too long; names the row.
+            DatasetError: the label is outside the head's range, the text is missing; names the row.
         """
 
     @abstractmethod
@@ -79,4 +79,4 @@ class Task(ABC):
         """Run the model; the gradient flows from the returned logits."""
 
 
-TASKS: Registry[Task] = Registry("task", "bigmerge.fisher.tasks", Task, "bigmerge.tasks")  # type: ignore[type-abstract]
+TASKS: Registry[Task] = Registry("task", "bigmerge.fisher.tasks", Task, "bigmerge.tasks")
