@@ -61,8 +61,8 @@ class Registry(Generic[T]):
             self._entries = dict(sorted(found.items()))
         return self._entries
 
-    def _add(self, found: dict[str, type[T]], entry: type[T]) -> None:
-        name: str = entry.name  # type: ignore[attr-defined]
+    def _add(self, found: dict[str, type[T]], entry: Any) -> None:
+        name: str = entry.name
         if name in found:
             raise TypeError(
                 f"two {self.kind}s are named {name!r}: {found[name].__module__}, {entry.__module__}"

@@ -31,7 +31,8 @@ class LabelSource(ABC):
         """Vectors v at the logits, (B, S, K) float32 like `scores.logits`, zero where nothing is scored.
 
         Σ over columns of E[v vᵀ] per example is the covariance of the label's score under this source.
-        What is random is keyed by (seed, example id, draw), so it depends neither on the batch nor on the process.
+        What is random is keyed by (seed, example id, draw), so it depends on neither
+        the batch nor the process.
         """
 
     @abstractmethod
