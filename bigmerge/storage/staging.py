@@ -1,0 +1,203 @@
+"""OUT.partial: where an output grows until it is complete, and what a later run finds of an earlier one.
+
+OUT.partial/run.json     what is being made; another run description is refused
+OUT.partial/lock         held while a process works here; dies with its owner
+OUT.partial/output/      becomes OUT by one rename
+OUT.partial/...          whatever the work needs to go on (a journal, saved sums)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bigmerge.errors import OutputError, ResumeError
+from bigmerge.storage.writing import sync_directory, write_json
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+
+
+def partial_path(out: Path) -> Path:
+    """The staging directory of `out`."""
+    return out.with_name(out.name + ".partial")
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Check that `out` may be written.
+
+    Raises:
+        OutputError: it exists and was not asked to be overwritten, or its parent is no directory.
+    """
+    if not out.name:
+        raise OutputError(f"{out}: is no name for an output directory", file=str(out))
+    if os.path.lexists(out):
+        if not overwrite:
+            raise OutputError(
+                f"{out}: exists already",
+                hint="choose another output, or say --overwrite to replace it when the new one is complete",
+                file=str(out),
+            )
+        if not out.is_dir() or out.is_symlink():
+            raise OutputError(f"{out}: is no directory, so it is not overwritten", file=str(out))
+    for parent in out.absolute().parents:
+        if os.path.lexists(parent):
+            if not parent.is_dir():
+                raise OutputError(f"{parent}: is no directory", file=str(parent))
+            break
+
+
+class Staging:
+    """The work towards `out`. Enter it to take the lock, `publish` to finish.
+
+    Args:
+        out: the directory to appear in the end.
+        run: what is being made, JSON-able. Work that an earlier run left is taken up only if its description
+            is the same.
+        overwrite: whether an existing `out` may be replaced (at the very end, in one exchange).
+
+    Attributes:
+        scratch: OUT.partial.
+        output: OUT.partial/output.
+        resumed: whether an earlier run's work was found.
+
+    Raises:
+        OutputError: `out` exists, another process works on it, or the directory cannot be made.
+        ResumeError: what is there belongs to another run; says what differs.
+    """
+
+    def __init__(self, out: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        check_free(out, overwrite=overwrite)
+        self.out = out
+        self.scratch = partial_path(out)
+        self.output = self.scratch / "output"
+        self.resumed = False
+        self._run: dict[str, Any] = json.loads(json.dumps(run))
+        self._overwrite = overwrite
+        self._lock: int | None = None
+
+    def __enter__(self) -> Staging:
+        try:
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.scratch / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise OutputError(
+                f"{error.filename or self.scratch}: cannot be made ({error.strerror})", file=str(self.scratch)
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._unlock()
+            raise OutputError(
+                f"{self.out}: another process is writing it",
+                hint="wait for it to end, or choose another output",
+                file=str(self.out),
+            ) from None
+        try:
+            self._take_up()
+        except BaseException:
+            self._unlock()
+            raise
+        return self
+
+    def _take_up(self) -> None:
+        record = self.scratch / "run.json"
+        if record.exists():
+            try:
+                earlier = json.loads(record.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ResumeError(
+                    f"{record}: cannot be read ({error})",
+                    hint=f"remove {self.scratch} to start again",
+                    file=str(record),
+                ) from error
+            differences = list(_differences(earlier, self._run))
+            if differences:
+                raise ResumeError(
+                    f"{self.scratch}: holds unfinished work of another run; what differs:\n    "
+                    + "\n    ".join(differences),
+                    hint=f"repeat the earlier command to finish it, or remove {self.scratch} to start again",
+                    file=str(self.scratch),
+                    differences=differences,
+                )
+            self.resumed = self.output.is_dir()
+        self.output.mkdir(exist_ok=True)
+        if not record.exists():
+            write_json(record, self._run)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def publish(self) -> None:
+        """Make the output appear under its name, whole and durable, and remove what was only for the work.
+
+        Raises:
+            OutputError: something has appeared under that name meanwhile, or the disk refuses.
+        """
+        for path in sorted(self.output.rglob("*")):
+            if path.is_file():
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            elif path.is_dir():
+                sync_directory(path)
+        sync_directory(self.output)
+        replaces = self._overwrite and self.out.exists()
+        code = _rename(self.output, self.out, _RENAME_EXCHANGE if replaces else _RENAME_NOREPLACE)
+        if code in (errno.ENOSYS, errno.EINVAL):  # a file system without renameat2's flags
+            if replaces:
+                self.out.rename(self.scratch / "replaced")
+            code = 0 if not os.path.lexists(self.out) else errno.EEXIST
+            if code == 0:
+                self.output.rename(self.out)
+        if code:
+            raise OutputError(
+                f"{self.out}: the finished output cannot be given its name ({os.strerror(code)})",
+                hint=f"it is complete in {self.output}",
+                file=str(self.out),
+            )
+        sync_directory(self.out.absolute().parent)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _rename(source: Path, target: Path, flags: int) -> int:
+    """renameat2; returns 0 or an errno."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return errno.ENOSYS
+    result = libc.renameat2(
+        _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)
+    )
+    return 0 if result == 0 else ctypes.get_errno()
+
+
+def _differences(earlier: Any, now: Any, path: str = "") -> Iterator[str]:
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        for key in sorted({*earlier, *now}):
+            yield from _differences(earlier.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(earlier, list) and isinstance(now, list) and len(earlier) == len(now):
+        for position, (one, other) in enumerate(zip(earlier, now, strict=True)):
+            yield from _differences(one, other, f"{path}[{position}]")
+    elif earlier != now:
+        yield f"{path}: {json.dumps(earlier)} before, {json.dumps(now)} now"

@@ -1,0 +1,166 @@
+"""Writes the files of a planned checkpoint: headers first, space reserved, data anywhere in any order."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bigmerge.checkpoints.checkpoint import SAFETENSORS_INDEX
+from bigmerge.checkpoints.layout import Layout
+from bigmerge.errors import OutputError
+
+_START_WRITEBACK = 2  # SYNC_FILE_RANGE_WRITE: begin writing dirty pages, do not wait
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class CheckpointWriter:
+    """The files of `layout` in `directory`. Safe to call from several threads.
+
+    Use as a context manager or call `close`.
+    """
+
+    def __init__(self, directory: Path, layout: Layout) -> None:
+        self.directory = directory
+        self.layout = layout
+        self._descriptors: dict[int, int] = {}
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def create(self) -> None:
+        """Open every file, reserve its space on the disk and write its header and the index.
+
+        Data that an earlier run left in a file is kept.
+
+        Raises:
+            OutputError: the disk is full or refuses.
+        """
+        for number, shard in enumerate(self.layout.shards):
+            path = self.directory / shard.filename
+            with _os_errors(path):
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                self._descriptors[number] = descriptor
+                if os.fstat(descriptor).st_size != shard.nbytes:
+                    os.ftruncate(descriptor, shard.nbytes)
+                try:
+                    os.posix_fallocate(descriptor, 0, shard.nbytes)
+                except OSError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                        raise
+                _write_all(descriptor, shard.header, 0)
+        index = self.layout.index()
+        if index is not None:
+            write_json(self.directory / SAFETENSORS_INDEX, index)
+
+    def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
+        """Write `data` at byte `offset` of the tensor `name` and have the kernel start storing it.
+
+        Raises:
+            OutputError: the disk is full or reports an error.
+        """
+        number = self.layout.shard_of[name]
+        shard = self.layout.shards[number]
+        position = shard.starts[name] + offset
+        descriptor = self._descriptors[number]
+        with _os_errors(self.directory / shard.filename):
+            _write_all(descriptor, data, position)
+        # Only a hint: where it is missing, the data waits for the next sync.
+        with contextlib.suppress(AttributeError):
+            _libc.sync_file_range(
+                descriptor,
+                ctypes.c_int64(position),
+                ctypes.c_int64(len(data)),
+                ctypes.c_uint(_START_WRITEBACK),
+            )
+
+    def read(self, name: str, offset: int, nbytes: int) -> bytes:
+        """The `nbytes` bytes at byte `offset` of the tensor `name` as they are stored now."""
+        number = self.layout.shard_of[name]
+        shard = self.layout.shards[number]
+        return os.pread(self._descriptors[number], nbytes, shard.starts[name] + offset)
+
+    def sync(self, names: Iterable[str] | None = None, *, drop_cache: bool = False) -> None:
+        """Wait until the files that hold `names` (default: all) are on the disk.
+
+        Args:
+            drop_cache: also give up the page cache of what has been stored.
+
+        Raises:
+            OutputError: the disk reports an error.
+        """
+        numbers = (
+            sorted(self._descriptors)
+            if names is None
+            else sorted({self.layout.shard_of[name] for name in names})
+        )
+        for number in numbers:
+            with _os_errors(self.directory / self.layout.shards[number].filename):
+                os.fdatasync(self._descriptors[number])
+                if drop_cache:
+                    os.posix_fadvise(self._descriptors[number], 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close the files; the data may still be on its way to the disk unless `sync` was called."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, replacing `path` at once and durably."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8, replacing it at once and durably.
+
+    Raises:
+        OutputError: the disk is full or refuses.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with _os_errors(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the directory's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view, position)  # at most 2 GiB a call, fewer when interrupted
+        view = view[written:]
+        position += written
+
+
+@contextlib.contextmanager
+def _os_errors(path: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror})",
+            hint="free space, then run the same command again: it goes on where it stopped" if full else None,
+            file=str(path),
+            errno=error.errno,
+        ) from error
