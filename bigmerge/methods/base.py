@@ -1,8 +1,8 @@
 """What a merge method is.
 
-A method is arithmetic on one block of one tensor. Reading, memory, order, threads, resuming and writing belong
-to the engine (`bigmerge.merging.engine`). One module in `bigmerge.methods`, or an entry point of the group
-`bigmerge.methods` in another distribution, adds a method.
+A method is arithmetic on one block of one tensor. Reading, memory, order, threads, resuming and writing
+belong to the engine (`bigmerge.merging.engine`). One module in `bigmerge.methods`, or an entry point of
+the group `bigmerge.methods` in another distribution, adds a method.
 """
 
 from __future__ import annotations

@@ -109,8 +109,8 @@ class Fisher(Method):
             moved.masked_fill_(nothing, 0.0)
             if self.zero == "error":
                 raise BigmergeError(
-                    f"tensor {view.tensor!r}: {int(nothing.sum())} parameters of one block have no Fisher mass in "
-                    "any model",
+                    f"tensor {view.tensor!r}: {int(nothing.sum())} parameters of one block have no Fisher "
+                    "mass in any model",
                     hint="use --fisher-zero target or average, or exclude the tensor",
                     tensor=view.tensor,
                 )
