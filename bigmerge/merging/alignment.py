@@ -7,7 +7,7 @@ at. All problems are gathered and reported together.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from bigmerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from bigmerge.checkpoints.dtypes import FLOATS, INTEGERS
 from bigmerge.errors import AlignmentError, CheckpointError, UsageError
 from bigmerge.merging.comparison import same_content, tied_names
+from bigmerge.merging.fisher_facts import fisher_facts
+from bigmerge.merging.heads import head_tensors, same_labels
 from bigmerge.merging.sources import Source
 
 _MOST_SHOWN = 12
@@ -70,11 +72,14 @@ class Selection:
         include: only names that match one of these are merged; empty: all.
         exclude: names that match one of these are not merged.
         strict: a tensor that could not be merged is an error, unless a pattern left it out.
+        merge_heads: merge task heads of equal shape even where the label names do not show that the models
+            have the same task.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     strict: bool = False
+    merge_heads: bool = False
 
     def left_out(self, name: str) -> str | None:
         """Why the patterns leave `name` out; None if they do not."""
@@ -126,6 +131,9 @@ def align(
     bases = _named_like(target_names, base, "the base", warnings) if base is not None else None
     _check_stale_fishers(sources, fishers, selection, warnings)
 
+    heads: Set[str] = frozenset()
+    if not (selection.merge_heads or same_labels([source.checkpoint for source in sources])):
+        heads = head_tensors(sources[target].checkpoint)
     dropped: dict[str, str] = {}
     for copy, kept_name in tied_names(sources[target].checkpoint).items():
         dropped[copy] = f"tied to {kept_name}"
@@ -138,6 +146,8 @@ def align(
         specs = [model.get(name) for model in models]
         present = [found for found in specs if found is not None]
         reason = selection.left_out(name)
+        if reason is None and name in heads:
+            reason = "task head (--merge-heads merges it)"
         if reason is None:
             reason, problem = _obstacle(name, spec, specs, fishers, sources, strict=selection.strict)
             if problem:
@@ -283,8 +293,6 @@ def _check_stale_fishers(
     selection: Selection,
     warnings: list[str],
 ) -> None:
-    from bigmerge.merging.fisher_facts import fisher_facts
-
     if not fishers:
         return
     facts = [fisher_facts(source.fisher) for source in sources if source.fisher is not None]

@@ -1,0 +1,319 @@
+"""The plan of a merge: everything that can be known before any tensor is read.
+
+What the result will be (alignment, layout), what it costs (bytes, memory, disk), and how it is cut into steps.
+A plan is data; `bigmerge.merging.engine` carries it out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from bigmerge.checkpoints.checkpoint import TensorSpec
+from bigmerge.checkpoints.dtypes import FLOATS, byte_count, itemsize
+from bigmerge.checkpoints.layout import Layout, lay_out
+from bigmerge.errors import AlignmentError, ResourceError
+from bigmerge.merging.alignment import Alignment, Kept, Merged, align
+from bigmerge.merging.recipe import Recipe
+from bigmerge.quantities import format_bytes, format_seconds
+from bigmerge.storage.digests import PIECE
+from bigmerge.storage.staging import partial_path
+
+#: elements of one arithmetic block. The grid starts at each tensor's first element and never moves: vectorised
+#: arithmetic rounds a block's tail differently, so the grid is part of what fixes the result's bytes.
+BLOCK = 1 << 18
+#: elements of one step: what the journal records, what is digested as one piece
+STEP = PIECE
+DEFAULT_MEMORY = 256 << 20
+_MOST_WORKERS = 16
+#: what a run holds besides blocks and windows: threads, library code touched first, journal, progress
+_FIXED_BYTES = 40 << 20
+_PER_SPEC_BYTES = 400  # one tensor of one input: its description and its places in tables
+_PER_STEP_BYTES = 48
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may use.
+
+    Attributes:
+        memory: bytes of working memory beyond the interpreter and torch.
+        workers: threads; None: one for each core, fewer if memory is short.
+    """
+
+    memory: int = DEFAULT_MEMORY
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """`count` elements from element `start` of the output tensor number `tensor`."""
+
+    number: int
+    tensor: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attributes:
+    tensors: every output tensor in the order of the output's files.
+    dtypes: output dtype of each of `tensors`.
+    window: elements of each input that are mapped at a time.
+    peak_bytes: the working memory that the run will not exceed.
+    """
+
+    recipe: Recipe
+    out: Path
+    alignment: Alignment
+    layout: Layout
+    tensors: tuple[Merged | Kept, ...]
+    dtypes: tuple[str, ...]
+    workers: int
+    window: int
+    peak_bytes: int
+    memory: int
+    disk_free: int
+    disk_needed: int
+    measure: tuple[str, ...]
+    step_ends: tuple[int, ...]
+
+    @property
+    def step_count(self) -> int:
+        return self.step_ends[-1] if self.step_ends else 0
+
+    def step(self, number: int) -> Step:
+        """Step `number`, counted over all tensors in output order."""
+        tensor = bisect_right(self.step_ends, number)
+        first = self.step_ends[tensor - 1] if tensor else 0
+        start = (number - first) * STEP
+        return Step(number, tensor, start, min(STEP, self.numel(tensor) - start))
+
+    def numel(self, tensor: int) -> int:
+        """Elements of the output tensor number `tensor`."""
+        entry = self.tensors[tensor]
+        return entry.models[0].numel if isinstance(entry, Merged) else entry.spec.numel
+
+    def inputs(self, tensor: int) -> list[TensorSpec]:
+        """Everything that is read for the output tensor number `tensor`, in a fixed order."""
+        return inputs_of(self.tensors[tensor])
+
+    @property
+    def read_bytes(self) -> int:
+        measured = sum(
+            spec.nbytes
+            for kind in self.measure
+            for entry in self.alignment.merged
+            for spec in entry.companions[kind]
+        )
+        return measured + sum(spec.nbytes for entry in self.tensors for spec in inputs_of(entry))
+
+    @property
+    def write_bytes(self) -> int:
+        return self.layout.nbytes
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--dry-run --json` prints."""
+        return {
+            "recipe": self.recipe.describe(),
+            "out": str(self.out),
+            "files": [
+                {"name": shard.filename, "bytes": shard.nbytes, "tensors": len(shard.starts)}
+                for shard in self.layout.shards
+            ],
+            "merged": len(self.alignment.merged),
+            "kept": {entry.name: entry.reason for entry in self.alignment.kept},
+            "dropped": dict(self.alignment.dropped),
+            "warnings": list(self.alignment.warnings),
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "peak_memory_bytes": self.peak_bytes,
+            "memory_budget_bytes": self.memory,
+            "workers": self.workers,
+            "window_elements": self.window,
+            "measuring_pass": list(self.measure),
+            "disk_free_bytes": self.disk_free,
+            "disk_needed_bytes": self.disk_needed,
+            "seconds_at_1GBps": round((self.read_bytes + self.write_bytes) / 1e9, 3),
+        }
+
+    def describe(self) -> str:
+        """What `--dry-run` prints."""
+        recipe = self.recipe
+        width = max(len(source.label) for source in recipe.sources)
+        lines = [f"{recipe.method.name}: {recipe.method.summary}"]
+        for number, source in enumerate(recipe.sources):
+            role = "  (target)" if number == recipe.target else ""
+            fisher = f"  Fisher {source.fisher.root}" if source.fisher and recipe.method.companions else ""
+            lines.append(f"  {source.label:<{width}}  λ {source.weight:g}{fisher}{role}")
+        if recipe.base is not None:
+            lines.append(f"  base {recipe.base_label}, scale {recipe.scale:g}")
+        lines.append(
+            f"{len(self.alignment.merged)} tensors merged, {len(self.alignment.kept)} taken from "
+            f"{recipe.sources[recipe.target].label}, {len(self.alignment.dropped)} left out"
+        )
+        lines += describe_exceptions(self.alignment)
+        seconds = (self.read_bytes + self.write_bytes) / 1e9
+        lines += [
+            f"reads {format_bytes(self.read_bytes)}"
+            + (f" (a measuring pass over {', '.join(self.measure)} included)" if self.measure else "")
+            + f", writes {format_bytes(self.write_bytes)} in {len(self.layout.shards)} file(s); "
+            f"about {format_seconds(seconds)} at 1 GB/s",
+            f"working memory {format_bytes(self.peak_bytes)} of {format_bytes(self.memory)}, "
+            f"{self.workers} worker(s), {format_bytes(self.disk_free)} free on the disk",
+            f"output {self.out}",
+        ]
+        return "\n".join(lines)
+
+
+def describe_exceptions(alignment: Alignment, most: int = 8) -> list[str]:
+    """Lines on what was not merged and what should be known, shortened for people."""
+    lines = []
+    by_reason: dict[str, list[str]] = {}
+    for entry in alignment.kept:
+        by_reason.setdefault(f"kept, {entry.reason}", []).append(entry.name)
+    for name, reason in alignment.dropped.items():
+        by_reason.setdefault(f"left out, {reason}", []).append(name)
+    for reason, names in by_reason.items():
+        more = f" … and {len(names) - most} more" if len(names) > most else ""
+        lines.append(f"  {reason}: {', '.join(names[:most])}{more}")
+    lines += [f"  warning: {warning}" for warning in alignment.warnings]
+    return lines
+
+
+def inputs_of(entry: Merged | Kept) -> list[TensorSpec]:
+    """Every tensor that is read for one output tensor, in a fixed order: models, companions, base."""
+    if isinstance(entry, Kept):
+        return [entry.spec]
+    specs = list(entry.models)
+    for kind in sorted(entry.companions):
+        specs += entry.companions[kind]
+    if entry.base is not None:
+        specs.append(entry.base)
+    return specs
+
+
+def make_plan(recipe: Recipe, out: Path, budget: Budget, measured: Mapping[str, Any] | None = None) -> Plan:
+    """Plan the merge of `recipe` into the directory `out`.
+
+    Args:
+        measured: companions whose moments are recorded in their headers, so that no pass has to measure them.
+
+    Raises:
+        AlignmentError: the inputs do not fit together, or the output would be written into an input.
+        ResourceError: the memory budget cannot be kept or the disk is too small.
+    """
+    _check_apart(recipe, out)
+    alignment = align(
+        recipe.sources,
+        target=recipe.target,
+        companions=recipe.method.companions,
+        base=recipe.base,
+        selection=recipe.selection,
+    )
+    by_name: dict[str, Merged | Kept] = {entry.name: entry for entry in (*alignment.merged, *alignment.kept)}
+    target = recipe.sources[recipe.target].checkpoint.tensors
+    shapes = {name: (_output_dtype(target[name], recipe.dtype), target[name].shape) for name in by_name}
+    layout = lay_out(shapes, recipe.shard_bytes, metadata={"format": "pt"})
+    tensors = tuple(by_name[name] for name in layout.tensors)
+    dtypes = tuple(dtype for dtype, _ in layout.tensors.values())
+    numels = [target[name].numel for name in layout.tensors]
+    step_ends = tuple(accumulate(-(-numel // STEP) for numel in numels))
+    measure = tuple(kind for kind in recipe.method.statistics() if not (measured or {}).get(kind))
+    workers, window, peak = _fit(recipe, tensors, dtypes, step_ends[-1] if step_ends else 0, budget)
+
+    parent = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(parent).free
+    held = _allocated(partial_path(out))
+    needed = layout.nbytes + (16 << 20)
+    plan = Plan(
+        recipe, out, alignment, layout, tensors, dtypes, workers, window, peak, budget.memory,
+        free, needed, measure, step_ends,
+    )  # fmt: skip
+    if needed > free + held:
+        raise ResourceError(
+            f"{parent}: the output needs {format_bytes(needed)}, the disk has {format_bytes(free + held)} free",
+            hint="free space or choose an output on another disk",
+            needed=needed,
+            free=free,
+        )
+    return plan
+
+
+def _output_dtype(spec: TensorSpec, asked: str | None) -> str:
+    return asked if asked is not None and spec.dtype in FLOATS else spec.dtype
+
+
+def _fit(
+    recipe: Recipe, tensors: tuple[Merged | Kept, ...], dtypes: tuple[str, ...], steps: int, budget: Budget
+) -> tuple[int, int, int]:
+    """(workers, window, peak bytes) that keep the budget."""
+    models = len(recipe.sources)
+    specs = sum(len(inputs_of(entry)) for entry in tensors)
+    fixed = _FIXED_BYTES + _PER_SPEC_BYTES * specs + _PER_STEP_BYTES * steps
+
+    def per_worker(window: int) -> int:
+        most = 0
+        for entry, dtype in zip(tensors, dtypes, strict=True):
+            inputs = inputs_of(entry)
+            numel = min(window, inputs[0].numel)
+            mapped = sum(byte_count(spec.dtype, numel) + (8 << 10) for spec in inputs)
+            written = byte_count(dtype, numel)
+            scratch = 0
+            if isinstance(entry, Merged):
+                width = 8 if compute_dtype(entry) == "F64" else 4
+                # One more for the base, and a block of masks and rounding aids.
+                scratch = (recipe.method.buffers(models) + 2) * min(BLOCK, numel) * width
+            most = max(most, mapped + written + scratch)
+        return most
+
+    windows = [STEP, STEP // 2, BLOCK]
+    default = min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    choices = [budget.workers] if budget.workers else list(range(default, 0, -1))
+    for workers in choices:
+        for window in windows:
+            peak = fixed + workers * per_worker(window)
+            if peak <= budget.memory:
+                return workers, window, peak
+    least = fixed + (budget.workers or 1) * per_worker(BLOCK)
+    raise ResourceError(
+        f"this merge needs at least {format_bytes(least)} of working memory, the budget is "
+        f"{format_bytes(budget.memory)}",
+        hint=f"--memory {-(-least // (1 << 20))}MiB" + (" or fewer --workers" if budget.workers else ""),
+        needed=least,
+        budget=budget.memory,
+    )
+
+
+def compute_dtype(entry: Merged) -> str:
+    """The dtype of the arithmetic: float64 where any model stores float64, else float32."""
+    return "F64" if any(itemsize(spec.dtype) == 8 for spec in entry.models) else "F32"
+
+
+def _check_apart(recipe: Recipe, out: Path) -> None:
+    whole = out.resolve()
+    inputs = [source.checkpoint for source in recipe.sources]
+    inputs += [source.fisher for source in recipe.sources if source.fisher is not None]
+    inputs += [recipe.base] if recipe.base is not None else []
+    for checkpoint in inputs:
+        for file in checkpoint.files:
+            if whole == file.resolve() or whole in file.absolute().parents or whole in file.resolve().parents:
+                raise AlignmentError(
+                    f"the output {out} contains an input of the merge: {file}",
+                    hint="choose another output",
+                    file=str(file),
+                )
+
+
+def _allocated(directory: Path) -> int:
+    """Bytes that the files of an earlier, unfinished run occupy already."""
+    if not directory.is_dir():
+        return 0
+    return sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
