@@ -20,7 +20,9 @@ from bigmerge.checkpoints.dtypes import FLOATS, byte_count, itemsize
 from bigmerge.checkpoints.layout import Layout, lay_out
 from bigmerge.errors import AlignmentError, ResourceError
 from bigmerge.merging.alignment import Alignment, Kept, Merged, align
+from bigmerge.merging.fisher_facts import recorded_moments
 from bigmerge.merging.recipe import Recipe
+from bigmerge.methods.base import Moments
 from bigmerge.quantities import format_bytes, format_seconds
 from bigmerge.storage.digests import PIECE
 from bigmerge.storage.staging import partial_path
@@ -68,6 +70,8 @@ class Plan:
     dtypes: output dtype of each of `tensors`.
     window: elements of each input that are mapped at a time.
     peak_bytes: the working memory that the run will not exceed.
+    recorded: companion → for each model, the moments its header records, by tensor name in that file.
+    measure: companions whose moments the method needs and a measuring pass has to find.
     """
 
     recipe: Recipe
@@ -82,6 +86,7 @@ class Plan:
     memory: int
     disk_free: int
     disk_needed: int
+    recorded: Mapping[str, tuple[Mapping[str, Moments], ...]]
     measure: tuple[str, ...]
     step_ends: tuple[int, ...]
 
@@ -107,6 +112,7 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
+        """Bytes read by the measuring pass and the merge."""
         measured = sum(
             spec.nbytes
             for kind in self.measure
@@ -114,6 +120,18 @@ class Plan:
             for spec in entry.companions[kind]
         )
         return measured + sum(spec.nbytes for entry in self.tensors for spec in inputs_of(entry))
+
+    @property
+    def transfer_bytes(self) -> int:
+        """Bytes that the steps read and write."""
+        written = sum(byte_count(dtype, self.numel(number)) for number, dtype in enumerate(self.dtypes))
+        return written + sum(spec.nbytes for entry in self.tensors for spec in inputs_of(entry))
+
+    def step_bytes(self, step: Step) -> int:
+        """Bytes that one step reads and writes."""
+        end = step.start + step.count
+        dtypes = [spec.dtype for spec in self.inputs(step.tensor)] + [self.dtypes[step.tensor]]
+        return sum(byte_count(dtype, end) - byte_count(dtype, step.start) for dtype in dtypes)
 
     @property
     def write_bytes(self) -> int:
@@ -200,11 +218,8 @@ def inputs_of(entry: Merged | Kept) -> list[TensorSpec]:
     return specs
 
 
-def make_plan(recipe: Recipe, out: Path, budget: Budget, measured: Mapping[str, Any] | None = None) -> Plan:
+def make_plan(recipe: Recipe, out: Path, budget: Budget) -> Plan:
     """Plan the merge of `recipe` into the directory `out`.
-
-    Args:
-        measured: companions whose moments are recorded in their headers, so that no pass has to measure them.
 
     Raises:
         AlignmentError: the inputs do not fit together, or the output would be written into an input.
@@ -218,7 +233,8 @@ def make_plan(recipe: Recipe, out: Path, budget: Budget, measured: Mapping[str, 
         base=recipe.base,
         selection=recipe.selection,
     )
-    by_name: dict[str, Merged | Kept] = {entry.name: entry for entry in (*alignment.merged, *alignment.kept)}
+    by_name: dict[str, Merged | Kept] = {entry.name: entry for entry in alignment.merged}
+    by_name |= {entry.name: entry for entry in alignment.kept}
     target = recipe.sources[recipe.target].checkpoint.tensors
     shapes = {name: (_output_dtype(target[name], recipe.dtype), target[name].shape) for name in by_name}
     layout = lay_out(shapes, recipe.shard_bytes, metadata={"format": "pt"})
@@ -226,7 +242,7 @@ def make_plan(recipe: Recipe, out: Path, budget: Budget, measured: Mapping[str, 
     dtypes = tuple(dtype for dtype, _ in layout.tensors.values())
     numels = [target[name].numel for name in layout.tensors]
     step_ends = tuple(accumulate(-(-numel // STEP) for numel in numels))
-    measure = tuple(kind for kind in recipe.method.statistics() if not (measured or {}).get(kind))
+    recorded, measure = _recorded_moments(recipe, alignment)
     workers, window, peak = _fit(recipe, tensors, dtypes, step_ends[-1] if step_ends else 0, budget)
 
     parent = next(parent for parent in out.absolute().parents if parent.is_dir())
@@ -235,7 +251,7 @@ def make_plan(recipe: Recipe, out: Path, budget: Budget, measured: Mapping[str, 
     needed = layout.nbytes + (16 << 20)
     plan = Plan(
         recipe, out, alignment, layout, tensors, dtypes, workers, window, peak, budget.memory,
-        free, needed, measure, step_ends,
+        free, needed, recorded, measure, step_ends,
     )  # fmt: skip
     if needed > free + held:
         raise ResourceError(
@@ -245,6 +261,24 @@ def make_plan(recipe: Recipe, out: Path, budget: Budget, measured: Mapping[str, 
             free=free,
         )
     return plan
+
+
+def _recorded_moments(
+    recipe: Recipe, alignment: Alignment
+) -> tuple[dict[str, tuple[Mapping[str, Moments], ...]], tuple[str, ...]]:
+    """What headers record of the companions that the method wants moments of, and which must be measured."""
+    recorded: dict[str, tuple[Mapping[str, Moments], ...]] = {}
+    measure = []
+    for kind in recipe.method.statistics():
+        fishers = [source.fisher for source in recipe.sources]
+        recorded[kind] = tuple(recorded_moments(fisher) for fisher in fishers if fisher is not None)
+        if any(
+            spec.name not in moments
+            for entry in alignment.merged
+            for spec, moments in zip(entry.companions[kind], recorded[kind], strict=True)
+        ):
+            measure.append(kind)
+    return recorded, tuple(measure)
 
 
 def _output_dtype(spec: TensorSpec, asked: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bigmerge.checkpoints.checkpoint import Checkpoint
@@ -33,7 +33,7 @@ class Recipe:
     base: Checkpoint | None = None
     base_label: str | None = None
     scale: float = 1.0
-    selection: Selection = Selection()
+    selection: Selection = field(default_factory=Selection)
     dtype: str | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
 

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from bigmerge.errors import CheckpointError
@@ -77,6 +78,11 @@ class MappedFile:
             self._populate = False
         self._advise(start, nbytes, mmap.MADV_WILLNEED)
 
+    def read_ahead(self, start: int, nbytes: int) -> None:
+        """Have the kernel begin to read the bytes, without waiting."""
+        if nbytes:
+            self._advise(start, nbytes, mmap.MADV_WILLNEED)
+
     def release(self, start: int, nbytes: int) -> None:
         """Take the bytes out of this process's resident memory (the kernel may keep them cached)."""
         if nbytes:
@@ -119,12 +125,14 @@ class _PyBuffer(ctypes.Structure):
 
 
 class Mappings:
-    """Mapped files by path, each opened once."""
+    """Mapped files by path.
 
-    def __init__(self) -> None:
-        self._files: dict[Path, MappedFile] = {}
+    Raises:
+        CheckpointError: a file cannot be opened or mapped.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._files = {path: MappedFile(path) for path in dict.fromkeys(paths)}
 
     def __getitem__(self, path: Path) -> MappedFile:
-        if path not in self._files:
-            self._files[path] = MappedFile(path)
         return self._files[path]

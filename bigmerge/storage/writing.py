@@ -88,11 +88,8 @@ class CheckpointWriter:
         shard = self.layout.shards[number]
         return os.pread(self._descriptors[number], nbytes, shard.starts[name] + offset)
 
-    def sync(self, names: Iterable[str] | None = None, *, drop_cache: bool = False) -> None:
+    def sync(self, names: Iterable[str] | None = None) -> None:
         """Wait until the files that hold `names` (default: all) are on the disk.
-
-        Args:
-            drop_cache: also give up the page cache of what has been stored.
 
         Raises:
             OutputError: the disk reports an error.
@@ -105,8 +102,6 @@ class CheckpointWriter:
         for number in numbers:
             with _os_errors(self.directory / self.layout.shards[number].filename):
                 os.fdatasync(self._descriptors[number])
-                if drop_cache:
-                    os.posix_fadvise(self._descriptors[number], 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the files; the data may still be on its way to the disk unless `sync` was called."""

@@ -1,0 +1,233 @@
+"""`bigmerge.merge` and `bigmerge.plan_merge`: merging as a Python API. The command line calls the same."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigmerge.checkpoints.dtypes import FLOATS, dtype_name
+from bigmerge.errors import UsageError
+from bigmerge.merging.alignment import Selection
+from bigmerge.merging.plan import DEFAULT_MEMORY, Budget, Plan, describe_exceptions, make_plan
+from bigmerge.merging.recipe import DEFAULT_SHARD_BYTES, Recipe
+from bigmerge.merging.sources import Grouping, collect, resolve
+from bigmerge.methods.base import METHODS, build_method
+from bigmerge.quantities import format_bytes, format_seconds, parse_bytes
+from bigmerge.storage.staging import Staging, check_free
+
+log = logging.getLogger("bigmerge.merge")
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge did.
+
+    Attributes:
+        out: the finished directory.
+        merged: names of the merged tensors.
+        kept: name → why the tensor was taken from the target.
+        dropped: name → why the tensor is not in the output.
+        warnings: what the user should know.
+        seconds: wall time of reading, merging and writing.
+        bytes_read, bytes_written: of this and earlier, interrupted runs together.
+    """
+
+    out: Path
+    merged: tuple[str, ...]
+    kept: Mapping[str, str]
+    dropped: Mapping[str, str]
+    warnings: tuple[str, ...]
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    recipe: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {
+            "out": str(self.out),
+            "merged": len(self.merged),
+            "kept": dict(self.kept),
+            "dropped": dict(self.dropped),
+            "warnings": list(self.warnings),
+            "seconds": round(self.seconds, 3),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "recipe": dict(self.recipe),
+        }
+
+
+def plan_merge(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    models: Sequence[str | Path] = (),
+    weights: Sequence[float] = (),
+    fishers: Sequence[str | Path] = (),
+    method: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    target: str | None = None,
+    base: str | Path | None = None,
+    scale: float = 1.0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    strict: bool = False,
+    merge_heads: bool = False,
+    dtype: str | None = None,
+    shard_size: int | str = DEFAULT_SHARD_BYTES,
+    memory: int | str = DEFAULT_MEMORY,
+    workers: int | None = None,
+) -> Plan:
+    """Everything about a merge that is known from headers: what it will produce and what it will cost.
+
+    Takes the arguments of `merge`.
+
+    Raises:
+        UsageError: arguments that contradict each other.
+        InputError: models or Fishers that are malformed or do not fit together.
+        ResourceError: the memory budget cannot be kept, or the disk is too small.
+    """
+    grouping = collect(sources, models, weights, fishers)
+    names = [source.label for source in grouping.sources]
+    chosen = method or _default_method(grouping)
+    if scale != 1.0 and base is None:
+        raise UsageError("--scale needs the --base that the merged model is moved away from")
+    if workers is not None and workers < 1:
+        raise UsageError(f"{workers} workers cannot work", hint="give --workers 1 or more")
+    output_dtype = None
+    if dtype is not None:
+        try:
+            output_dtype = dtype_name(dtype)
+        except KeyError:
+            output_dtype = dtype
+        if output_dtype not in FLOATS:
+            raise UsageError(
+                f"{dtype!r} is no output dtype", hint="one of float64, float32, float16, bfloat16, "
+                "float8_e4m3fn, float8_e5m2"
+            )  # fmt: skip
+    built = build_method(chosen, parameters or {})
+    built.check([source.weight for source in grouping.sources])
+    recipe = Recipe(
+        sources=grouping.sources,
+        method=built,
+        target=_target(names, target),
+        base=resolve(base) if base is not None else None,
+        base_label=str(base).rstrip("/").rpartition("/")[2] if base is not None else None,
+        scale=scale,
+        selection=Selection(tuple(include), tuple(exclude), strict, merge_heads),
+        dtype=output_dtype,
+        shard_bytes=parse_bytes(shard_size),
+    )
+    return make_plan(recipe, Path(out), Budget(parse_bytes(memory), workers))
+
+
+def merge(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> MergeResult:
+    """Merge models, tensor by tensor, into the directory `out`.
+
+    Args:
+        sources: model directories, weight files (shards of one model are recognised), Fishers, hub names.
+        out: the directory to write; it appears when it is complete.
+        overwrite: replace an existing `out`.
+        progress: show a progress bar on standard error.
+        models: more models, each to be paired with one of `fishers` explicitly.
+        weights: λ for every model, in the order of `sources` and then `models`; default: all 1.
+        fishers: a Fisher for each of `models`.
+        method: a name from `bigmerge.methods`; default "fisher" if every model has a Fisher, else "linear".
+        parameters: the method's parameters by name.
+        target: label of the model that unmergeable tensors, dtypes, config and tokenizer come from; default:
+            the first.
+        base, scale: the result is base + scale · (merged − base).
+        include, exclude: globs on tensor names.
+        strict: make any tensor that cannot be merged an error.
+        merge_heads: merge task heads of equal shape.
+        dtype: of the output's floating tensors; default: the target's.
+        shard_size: most bytes of data in one output file.
+        memory: working memory beyond the interpreter and torch; bytes or text like "256MiB".
+        workers: threads; default: one for each core.
+
+    Raises:
+        UsageError, InputError, ResourceError: see `plan_merge`.
+        OutputError: `out` exists, is being written by another process, or the disk refuses.
+        ResumeError: an unfinished run of another recipe is there, or inputs have changed since it.
+        Interrupted: Ctrl-C; the same call goes on.
+    """
+    check_free(Path(out), overwrite=overwrite)
+    return execute_plan(plan_merge(sources, out, **options), overwrite=overwrite, progress=progress)
+
+
+def execute_plan(plan: Plan, *, overwrite: bool = False, progress: bool = False) -> MergeResult:
+    """Carry out a plan from `plan_merge`; see `merge`."""
+    from bigmerge.merging.engine import execute
+    from bigmerge.merging.finishing import finish
+
+    started = time.monotonic()
+    for warning in plan.alignment.warnings:
+        log.warning("%s", warning)
+    with Staging(plan.out, plan.recipe.describe(), overwrite=overwrite) as staging:
+        records = execute(plan, staging, show_progress=progress)
+        finish(plan, records, staging.output)
+        staging.publish()
+    return MergeResult(
+        out=plan.out,
+        merged=tuple(entry.name for entry in plan.alignment.merged),
+        kept={entry.name: entry.reason for entry in plan.alignment.kept},
+        dropped=plan.alignment.dropped,
+        warnings=plan.alignment.warnings,
+        seconds=time.monotonic() - started,
+        bytes_read=plan.read_bytes,
+        bytes_written=plan.write_bytes,
+        recipe=plan.recipe.describe(),
+    )
+
+
+def describe_result(result: MergeResult, plan: Plan) -> str:
+    """A few lines on a finished merge, for people."""
+    moved = result.bytes_read + result.bytes_written
+    return "\n".join(
+        [
+            f"{result.out}: {len(result.merged)} tensors merged by {plan.recipe.method.name}, "
+            f"{len(result.kept)} taken from {plan.recipe.sources[plan.recipe.target].label}",
+            *describe_exceptions(plan.alignment),
+            f"read {format_bytes(result.bytes_read)}, wrote {format_bytes(result.bytes_written)} in "
+            f"{format_seconds(result.seconds)} ({format_bytes(moved / max(result.seconds, 1e-9))}/s)",
+        ]
+    )
+
+
+def _default_method(grouping: Grouping) -> str:
+    with_fisher = [source.label for source in grouping.sources if source.fisher is not None]
+    if len(with_fisher) == len(grouping.sources):
+        return METHODS.get("fisher").name
+    if with_fisher:
+        lacking = [source.label for source in grouping.sources if source.fisher is None]
+        raise UsageError(
+            f"some models have a Fisher and others none: {', '.join(lacking)}; the arguments were grouped as\n    "
+            + grouping.describe(),
+            hint="measure the missing ones with `bigmerge fisher`, or say --method linear",
+            without_fisher=lacking,
+        )
+    return METHODS.get("linear").name
+
+
+def _target(names: Sequence[str], wanted: str | None) -> int:
+    if wanted is None:
+        return 0
+    tail = wanted.rstrip("/")
+    matching = [n for n, name in enumerate(names) if name in (tail, tail.rpartition("/")[2])]
+    if len(matching) != 1:
+        raise UsageError(
+            f"--target {wanted!r} names {'no' if not matching else 'more than one'} model",
+            hint=f"the models are called {', '.join(names)}",
+        )
+    return matching[0]
