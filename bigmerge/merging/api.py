@@ -81,10 +81,12 @@ def plan_merge(
     shard_size: int | str = DEFAULT_SHARD_BYTES,
     memory: int | str = DEFAULT_MEMORY,
     workers: int | None = None,
+    method_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Plan:
     """Everything about a merge that is known from headers: what it will produce and what it will cost.
 
-    Takes the arguments of `merge`.
+    Takes the arguments of `merge`, and as `method_options` parameters by method, of which only those of the
+    method in use may be given (the command line's form of `parameters`).
 
     Raises:
         UsageError: arguments that contradict each other.
@@ -109,7 +111,10 @@ def plan_merge(
                 f"{dtype!r} is no output dtype", hint="one of float64, float32, float16, bfloat16, "
                 "float8_e4m3fn, float8_e5m2"
             )  # fmt: skip
-    built = build_method(chosen, parameters or {})
+    for other in method_options or {}:
+        if other != chosen:
+            raise UsageError(f"options of the method {other!r} were given, but the method is {chosen!r}")
+    built = build_method(chosen, {**(method_options or {}).get(chosen, {}), **(parameters or {})})
     built.check([source.weight for source in grouping.sources])
     recipe = Recipe(
         sources=grouping.sources,

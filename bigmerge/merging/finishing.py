@@ -51,11 +51,11 @@ def _sources(plan: Plan, records: StepRecords) -> list[dict[str, Any]]:
     kinds = sorted(plan.recipe.method.companions)
     columns = models * (1 + len(kinds)) + (plan.recipe.base is not None)
     digests = [xxhash.xxh3_128() for _ in range(columns)]
-    for number, entry in enumerate(plan.tensors):
-        if isinstance(entry, Merged):
-            for column in range(columns):
-                line = f"{entry.name}\0{records.input_digest(number, column)}\n"
-                digests[column].update(line.encode())
+    numbers = {entry.name: number for number, entry in enumerate(plan.tensors)}
+    for entry in plan.alignment.merged:
+        for column in range(columns):
+            line = f"{entry.name}\0{records.input_digest(numbers[entry.name], column)}\n"
+            digests[column].update(line.encode())
     described = []
     for number, source in enumerate(plan.recipe.sources):
         row: dict[str, Any] = {
