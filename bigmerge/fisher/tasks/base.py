@@ -20,12 +20,14 @@ class TaskSettings:
     Attributes:
         text_columns: columns that hold the text (two for a sentence pair); empty: the task guesses.
         label_column: column of the label; None: the task guesses or needs none.
-        max_length: longest input in tokens; longer ones are truncated. None: the model's own limit.
+        max_length: longest input in tokens; longer ones are truncated. None: the model has no limit.
+        needs_labels: whether data labels are read; only the empirical Fisher asks for them.
     """
 
     text_columns: tuple[str, ...] = ()
     label_column: str | None = None
     max_length: int | None = None
+    needs_labels: bool = False
 
 
 class Task(ABC):
@@ -39,11 +41,20 @@ class Task(ABC):
     auto_class: ClassVar[str]
     #: what one example is, for the metadata: "sequence"
     unit: ClassVar[str]
+    #: whether every token has a label, rather than the example as a whole
+    scores_tokens: ClassVar[bool] = False
 
     def __init__(self, settings: TaskSettings, config: Any, tokenizer: Any) -> None:
         self.settings = settings
         self.config = config
         self.tokenizer = tokenizer
+
+    def check_model(self, model: torch.nn.Module) -> None:  # noqa: B027 - nothing to refuse by default
+        """Refuse a loaded model that has the head but that this task cannot handle.
+
+        Raises:
+            InputError: says why not.
+        """
 
     @classmethod
     @abstractmethod
@@ -69,6 +80,10 @@ class Task(ABC):
         Raises:
             DatasetError: the label is outside the head's range, the text is missing; names the row.
         """
+
+    @abstractmethod
+    def positions(self, encoded: Mapping[str, Any]) -> int:
+        """How many positions of an encoded row are scored; a row with none is left out."""
 
     @abstractmethod
     def collate(self, examples: Sequence[tuple[int, Mapping[str, Any]]]) -> Batch:
