@@ -25,6 +25,7 @@ from bigmerge.merging.recipe import Recipe
 from bigmerge.methods.base import Moments
 from bigmerge.quantities import format_bytes, format_seconds
 from bigmerge.storage.digests import PIECE
+from bigmerge.storage.mapping import FOLIO
 from bigmerge.storage.staging import partial_path
 
 #: elements of one arithmetic block. The grid starts at each tensor's first element and never moves: vectorised
@@ -35,7 +36,7 @@ STEP = PIECE
 DEFAULT_MEMORY = 256 << 20
 _MOST_WORKERS = 16
 #: what a run holds besides blocks and windows: threads, library code touched first, journal, progress
-_FIXED_BYTES = 40 << 20
+_FIXED_BYTES = 32 << 20
 _PER_SPEC_BYTES = 400  # one tensor of one input: its description and its places in tables
 _PER_STEP_BYTES = 48
 
@@ -298,7 +299,8 @@ def _fit(
         for entry, dtype in zip(tensors, dtypes, strict=True):
             inputs = inputs_of(entry)
             numel = min(window, inputs[0].numel)
-            mapped = sum(byte_count(spec.dtype, numel) + (8 << 10) for spec in inputs)
+            # Reading a page maps the large folio around it.
+            mapped = sum(byte_count(spec.dtype, numel) + min(2 * FOLIO, spec.nbytes) for spec in inputs)
             written = byte_count(dtype, numel)
             scratch = 0
             if isinstance(entry, Merged):

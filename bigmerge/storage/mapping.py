@@ -18,6 +18,9 @@ from bigmerge.errors import CheckpointError
 
 _POPULATE_READ = 22  # linux/mman.h; not in Python's mmap module
 _PAGE = mmap.PAGESIZE
+#: A fault maps the whole large folio that a page lies in, up to this much on either side of what was asked for.
+#: Releasing only what was asked for would leave the rest behind, a large share of everything that is read.
+FOLIO = 2 << 20
 
 # Through ctypes and not mmap.madvise, which holds the interpreter lock while the kernel reads.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -86,7 +89,9 @@ class MappedFile:
     def release(self, start: int, nbytes: int) -> None:
         """Take the bytes out of this process's resident memory (the kernel may keep them cached)."""
         if nbytes:
-            self._advise(start, nbytes, mmap.MADV_DONTNEED)
+            first = start // FOLIO * FOLIO
+            end = -(-(start + nbytes) // FOLIO) * FOLIO
+            self._advise(first, min(end, self.nbytes) - first, mmap.MADV_DONTNEED)
 
     def _advise(self, start: int, nbytes: int, advice: int) -> int:
         first = start // _PAGE * _PAGE
