@@ -122,7 +122,7 @@ def plan_merge(
         target=_target(names, target),
         base=resolve(base) if base is not None else None,
         base_label=str(base).rstrip("/").rpartition("/")[2] if base is not None else None,
-        scale=scale,
+        scale=float(scale),
         selection=Selection(tuple(include), tuple(exclude), strict, merge_heads),
         dtype=output_dtype,
         shard_bytes=parse_bytes(shard_size),

@@ -270,5 +270,7 @@ def collect(
             hint="give one --weight for each model, in this order, or none",
         )
     if weights:
-        sources = [replace(source, weight=weight) for source, weight in zip(sources, weights, strict=True)]
+        sources = [
+            replace(source, weight=float(weight)) for source, weight in zip(sources, weights, strict=True)
+        ]
     return replace(grouped, sources=tuple(sources))

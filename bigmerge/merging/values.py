@@ -38,12 +38,12 @@ def convert(name: str, window: Window, dtype: torch.dtype) -> torch.Tensor:
         CheckpointError: a finite value does not fit.
     """
     stored = window.tensor()
-    converted = stored.to(dtype)
-    wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-    broken = ~torch.isfinite(converted.to(wide)) & torch.isfinite(stored.to(wide))
-    if broken.any():
-        _refuse_overflow(name, float(stored.to(wide)[broken].abs().max()), dtype)
-    return converted
+    wide = stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
+    # Looked at before the conversion: the narrowest dtypes saturate instead of overflowing.
+    finite = torch.where(torch.isfinite(wide), wide, torch.zeros_like(wide)).abs()
+    if finite.numel() and (largest := float(finite.max())) > torch.finfo(dtype).max:
+        _refuse_overflow(name, largest, dtype)
+    return stored.to(dtype)
 
 
 def _check_input(window: Window) -> None:

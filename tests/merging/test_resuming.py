@@ -1,0 +1,296 @@
+"""Merges that are killed, interrupted or find changed files: what is left, and what the next run makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import bigmerge
+from bigmerge.errors import BigmergeError, OutputError, ResumeError
+from bigmerge.merging import engine
+from tests.conftest import file_bytes, normal, write_checkpoint
+
+COUNT = 40_000_000  # elements: 39 steps
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for n in range(2):
+        base = normal(1_000_000, n).repeat(COUNT // 2_000_000)
+        write_checkpoint(
+            root / f"m{n}", {"a": base.bfloat16(), "b": (base * 2).bfloat16()}, config={"hidden_size": 1}
+        )
+    return [root / "m0", root / "m1"]
+
+
+@pytest.fixture(scope="module")
+def expected(models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("expected") / "out"
+    bigmerge.merge(models, out)
+    return file_bytes(out)
+
+
+class Stop(BigmergeError):
+    """What the tests raise in place of a crash."""
+
+
+def fail_after(monkeypatch, steps, error):
+    """Make the engine fail when it has written `steps` steps."""
+    from bigmerge.storage.writing import CheckpointWriter
+
+    original = CheckpointWriter.write
+    count = [0]
+
+    def write(self, *arguments):
+        count[0] += 1
+        if count[0] > steps:
+            raise error
+        original(self, *arguments)
+
+    monkeypatch.setattr(CheckpointWriter, "write", write)
+
+
+def start(models, out, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "bigmerge", "merge", *map(str, models), "-o", str(out), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def slow_merge(models, out):
+    """A merge in a process of its own that takes 50 ms more for each step, so that it can be hit in the middle."""
+    code = (
+        "import sys, time\n"
+        "from bigmerge.storage.writing import CheckpointWriter as W\n"
+        "from bigmerge.merging import engine\n"
+        "from bigmerge.cli.main import main\n"
+        "engine._COMMIT_SECONDS = 0.05\n"
+        "old = W.write\n"
+        "def write(self, *a):\n"
+        "    time.sleep(0.05); old(self, *a)\n"
+        "W.write = write\n"
+        "main(sys.argv[1:])\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "merge", *map(str, models), "-o", str(out), "--workers", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_steps(out, count, process):
+    journal = out.with_name(out.name + ".partial") / "journal"
+    deadline = time.monotonic() + 60
+    while not journal.exists() or journal.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("steps", [1, 12, 30])
+def test_kill_9_then_the_same_command_gives_the_same_bytes(models, expected, tmp_path, steps):
+    out = tmp_path / "out"
+    process = slow_merge(models, out)
+    wait_for_steps(out, steps, process)
+    process.kill()
+    process.communicate()
+    assert not out.exists()
+    journal = tmp_path / "out.partial" / "journal"
+    done = journal.read_bytes().count(b"\n")
+    assert done >= steps
+    bigmerge.merge(models, out)
+    assert file_bytes(out) == expected
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_resumable_state_and_say_so(models, expected, tmp_path, number):
+    out = tmp_path / "out"
+    process = slow_merge(models, out)
+    wait_for_steps(out, 3, process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted with" in stderr
+    assert "run the same command again" in stderr
+    assert "Traceback" not in stderr
+    assert not out.exists()
+    done = (tmp_path / "out.partial" / "journal").read_bytes().count(b"\n")
+    second = start(models, out)
+    _, stderr = second.communicate(timeout=120)
+    assert second.returncode == 0, stderr
+    assert f"going on: {done} of 39 steps" in stderr or f"going on: {done} of 40 steps" in stderr
+    assert file_bytes(out) == expected
+
+
+def test_finished_steps_are_not_done_again(models, expected, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_after(patch, 10, Stop("stop"))
+        with pytest.raises(Stop):
+            bigmerge.merge(models, tmp_path / "out", workers=1)
+    merged = []
+    original = engine._Run._merge
+
+    def merge(self, entry, windows, *arguments):
+        merged.append(windows[0].first)
+        return original(self, entry, windows, *arguments)
+
+    monkeypatch.setattr(engine._Run, "_merge", merge)
+    bigmerge.merge(models, tmp_path / "out")
+    assert len(merged) == 40 - 10
+    assert file_bytes(tmp_path / "out") == expected
+
+
+def interrupted(models, tmp_path, monkeypatch, **options):
+    with monkeypatch.context() as patch:
+        fail_after(patch, 10, Stop("stop"))
+        with pytest.raises(Stop):
+            bigmerge.merge(models, tmp_path / "out", workers=1, **options)
+    return tmp_path / "out.partial"
+
+
+def test_a_torn_journal_costs_only_its_end(models, expected, tmp_path, monkeypatch):
+    partial = interrupted(models, tmp_path, monkeypatch)
+    journal = partial / "journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[: len(whole) - 17])
+    bigmerge.merge(models, tmp_path / "out")
+    assert file_bytes(tmp_path / "out") == expected
+
+
+def test_output_that_is_not_what_the_journal_says_is_made_again(
+    models, expected, tmp_path, monkeypatch, caplog
+):
+    partial = interrupted(models, tmp_path, monkeypatch)
+    weights = partial / "output" / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(5_000_000)
+        file.write(b"\x01\x02\x03")
+    with caplog.at_level("WARNING", logger="bigmerge"):
+        bigmerge.merge(models, tmp_path / "out")
+    assert "1 steps were not stored as the journal says" in caplog.text
+    assert file_bytes(tmp_path / "out") == expected
+
+
+def test_another_recipe_is_refused_with_what_differs(models, tmp_path, monkeypatch):
+    interrupted(models, tmp_path, monkeypatch)
+    before = file_bytes(tmp_path / "out.partial")
+    with pytest.raises(ResumeError, match=r"models\[1\]\.weight: 1\.0 before, 2\.0 now"):
+        bigmerge.merge(models, tmp_path / "out", weights=[1, 2])
+    assert file_bytes(tmp_path / "out.partial") == before
+
+
+def test_memory_and_workers_may_change_between_runs(models, expected, tmp_path, monkeypatch):
+    interrupted(models, tmp_path, monkeypatch, memory="64MiB")
+    bigmerge.merge(models, tmp_path / "out", workers=3)
+    assert file_bytes(tmp_path / "out") == expected
+
+
+def copy_of(models, tmp_path):
+    copies = []
+    for model in models:
+        (tmp_path / model.name).mkdir()
+        for path in model.iterdir():
+            (tmp_path / model.name / path.name).write_bytes(path.read_bytes())
+        copies.append(tmp_path / model.name)
+    return copies
+
+
+def test_inputs_that_changed_meanwhile_are_refused(models, tmp_path, monkeypatch):
+    copies = copy_of(models, tmp_path)
+    interrupted(copies, tmp_path, monkeypatch)
+    weights = copies[1] / "model.safetensors"
+    with weights.open("r+b") as file:  # in the second step's data, where no fingerprint sample lies
+        file.seek(3_000_000)
+        file.write(b"\x01\x02\x03")
+    with pytest.raises(ResumeError, match=r"m1.*'a' has changed since the interrupted run read it"):
+        bigmerge.merge(copies, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_were_only_touched_are_accepted(models, expected, tmp_path, monkeypatch):
+    copies = copy_of(models, tmp_path)
+    interrupted(copies, tmp_path, monkeypatch)
+    for copy in copies:
+        os.utime(copy / "model.safetensors", (1, 1))
+    bigmerge.merge(copies, tmp_path / "out")
+    assert file_bytes(tmp_path / "out") == expected
+
+
+def test_an_input_truncated_during_the_run_is_a_clear_error(models, tmp_path, monkeypatch):
+    copies = copy_of(models, tmp_path)
+    original = engine._Run._do
+
+    def truncate_then_do(self, step, scratch):
+        if step.number == 5:
+            os.truncate(copies[1] / "model.safetensors", 1_000_000)
+        original(self, step, scratch)
+
+    monkeypatch.setattr(engine._Run, "_do", truncate_then_do)
+    with pytest.raises(BigmergeError, match=r"m1.*cannot be read"):
+        bigmerge.merge(copies, tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_later(models, expected, tmp_path, monkeypatch):
+    import errno
+
+    with monkeypatch.context() as patch:
+        original = os.pwrite
+        calls = [0]
+
+        def pwrite(descriptor, data, offset):
+            calls[0] += 1
+            if calls[0] > 20:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(descriptor, data[: max(1, len(data) // 2)], offset)  # and short writes before
+
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(OutputError, match="No space left") as caught:
+            bigmerge.merge(models, tmp_path / "out")
+        assert "goes on where it stopped" in str(caught.value)
+    bigmerge.merge(models, tmp_path / "out")
+    assert file_bytes(tmp_path / "out") == expected
+
+
+def test_two_runs_on_one_output_exclude_each_other(models, tmp_path):
+    out = tmp_path / "out"
+    process = slow_merge(models, out)
+    wait_for_steps(out, 2, process)
+    with pytest.raises(OutputError, match="another process is writing it"):
+        bigmerge.merge(models, out)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+
+
+def test_an_existing_output_is_touched_only_on_request(models, expected, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        bigmerge.merge(models, out)
+    assert (out / "precious.txt").read_text() == "mine"
+    assert not Path(f"{out}.partial").exists()
+    bigmerge.merge(models, out, overwrite=True)
+    assert file_bytes(out) == expected
+
+
+def test_nothing_in_the_output_tells_when_or_how_it_was_made(models, expected):
+    manifest = json.loads(expected["bigmerge.json"])
+    assert set(manifest) == {
+        "format", "bigmerge_version", "kind", "recipe", "sources", "dropped", "warnings", "digests", "tensors", "files"
+    }  # fmt: skip
+    assert set(manifest["tensors"]) == {"a", "b"}
+    assert all(torch.tensor(len(entry["digest"])) == 32 for entry in manifest["tensors"].values())
