@@ -84,7 +84,7 @@ def gpt2():
     )
 
 
-def _llama_like(name, **more):
+def _llama_like(name, head="ForCausalLM", **more):
     import transformers
 
     config = getattr(transformers, f"{name}Config")(
@@ -100,7 +100,7 @@ def _llama_like(name, **more):
         pad_token_id=0,
         **more,
     )
-    return shaken(getattr(transformers, f"{name}ForCausalLM")(config))
+    return shaken(getattr(transformers, name + head)(config))
 
 
 def llama():
@@ -109,6 +109,10 @@ def llama():
 
 def llama_tied():
     return _llama_like("Llama", tie_word_embeddings=True)
+
+
+def llama_classifier():
+    return _llama_like("Llama", "ForSequenceClassification", num_labels=3)
 
 
 def qwen3():
@@ -170,10 +174,7 @@ def token_batch(side="right", lengths=LENGTHS, seed=0, first_id=100):
 
 def classify(model, batch):
     """One scored position per example."""
-    mask = batch.inputs["attention_mask"]
-    # absolute positions count from the first real token; left to the model where that is the default
-    more = {} if bool(mask[:, 0].all()) else {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
-    logits = model(**batch.inputs, **more).logits.unsqueeze(1)
+    logits = model(**batch.inputs).logits.unsqueeze(1)
     return Scores(logits, torch.ones(logits.shape[:2], dtype=torch.bool), batch.targets)
 
 
@@ -203,6 +204,10 @@ def reference_squares(model, labels, score, batch):
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for index in range(len(batch)):
         one = alone_without_padding(batch, index)
+        wide = {
+            name: value.double() if value.is_floating_point() else value for name, value in one.inputs.items()
+        }
+        one = Batch(one.ids, wide, one.targets)
         for v in labels.columns(score(double, one), one.ids):
             double.zero_grad(set_to_none=True)
             (score(double, one).logits * v).sum().backward()
