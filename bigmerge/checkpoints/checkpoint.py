@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bigmerge.checkpoints.header import read_header
+from bigmerge.checkpoints.header import METADATA_KEY, is_text, read_header
 from bigmerge.errors import CheckpointError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -24,9 +24,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 #: weight-like files that are no model weights
 NOT_WEIGHTS = re.compile(
-    r"(training_args|optimizer|scheduler|scaler|rng_state.*|.*optim_states|.*_state_dict)\.(bin|pt|pth)$"
+    r"(training_args|optimizer.*|scheduler.*|scaler.*|rng_state.*|.*optim_states)\.(bin|pt|pth)$"
 )
-_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{4,6})-of-(?P<count>\d{4,6})(?P<suffix>\.\w+)$", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +95,11 @@ class Checkpoint:
         return self._fingerprint
 
 
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+def natural_key(name: str) -> tuple[tuple[int, int, str, str], ...]:
     """Sort key that compares runs of digits as numbers."""
+    # By length and digits, not int(): a hostile name can hold more digits than int() takes.
     return tuple(
-        (0, int(part), part) if part.isdigit() and part.isascii() else (1, 0, part)
+        (0, len(digits := part.lstrip("0")), digits, part) if part[0] in "0123456789" else (1, 0, part, part)
         for part in re.split(r"([0-9]+)", name)
         if part
     )
@@ -171,6 +172,10 @@ def open_files(root: Path, files: Sequence[Path]) -> Checkpoint:
                 file=str(path),
             )
         for spec in specs:
+            if spec.name == METADATA_KEY or not is_text(spec.name):
+                raise CheckpointError(
+                    f"{path}: {spec.name!r} cannot be the name of a tensor", file=str(path), tensor=spec.name
+                )
             if spec.name in tensors:
                 other = tensors[spec.name].path
                 raise CheckpointError(
@@ -188,6 +193,8 @@ def _open_index(path: Path) -> Checkpoint:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path}: has no weight_map from tensor names to file names", file=str(path))
+    if not weight_map:
+        raise CheckpointError(f"{path}: its weight_map names no weight files", file=str(path))
     names = sorted(set(weight_map.values()), key=natural_key)
     for name in names:
         # An index is input from strangers: it may only name files that lie beside it.
@@ -219,18 +226,21 @@ def _open_index(path: Path) -> Checkpoint:
 
 
 def _open_directory(directory: Path) -> Checkpoint:
-    names = sorted((entry.name for entry in directory.iterdir() if entry.is_file()), key=natural_key)
+    names = sorted((entry.name for entry in list_directory(directory) if entry.is_file()), key=natural_key)
     for suffix in (".safetensors", ".bin"):
         usual = "model.safetensors" if suffix == ".safetensors" else "pytorch_model.bin"
         indexes = [name for name in names if name.endswith(f"{suffix}.index.json")]
-        if f"{usual}.index.json" in indexes:
-            return _open_index(directory / f"{usual}.index.json")
+        # In the order of transformers, so that what is merged is what from_pretrained loads.
         if usual in names:
             return open_files(directory, [directory / usual])
+        if f"{usual}.index.json" in indexes:
+            return _open_index(directory / f"{usual}.index.json")
         if len(indexes) == 1:
             return _open_index(directory / indexes[0])
         suffixes = (suffix,) if suffix == ".safetensors" else PICKLE_SUFFIXES
         weights = [name for name in names if name.endswith(suffixes) and not NOT_WEIGHTS.match(name)]
+        if not weights:
+            continue
         if "adapter_config.json" in names and all(name.startswith("adapter_model") for name in weights):
             raise CheckpointError(
                 f"{directory}: is a PEFT adapter, not a full model",
@@ -248,9 +258,9 @@ def _open_directory(directory: Path) -> Checkpoint:
                 file=str(directory),
                 families=sorted(families),
             )
-        for files in families.values():
-            check_complete(files)
-            return open_files(directory, files)
+        files = families.popitem()[1]
+        check_complete(files)
+        return open_files(directory, files)
     raise CheckpointError(
         f"{directory}: holds no weights ({', '.join(WEIGHT_SUFFIXES)})",
         hint="give a model directory, a weight file or a Hugging Face hub name",
@@ -258,20 +268,44 @@ def _open_directory(directory: Path) -> Checkpoint:
     )
 
 
+def list_directory(directory: Path) -> list[Path]:
+    """What a directory holds.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return list(directory.iterdir())
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: cannot be read ({error.strerror})", file=str(directory)
+        ) from error
+
+
 def check_complete(files: Sequence[Path]) -> None:
     """Check that numbered shard files are all there.
 
     Raises:
-        CheckpointError: a number is missing.
+        CheckpointError: a number is missing, or the files are of sets of different size.
     """
-    for path in files:
-        family = shard_family(path)
-        if family and len(files) != family[2]:
-            have = {known[1] for file in files if (known := shard_family(file))}
-            lacking = [number for number in range(1, family[2] + 1) if number not in have]
-            raise CheckpointError(
-                f"{path}: is one of {family[2]} shards, but only {len(files)} were found",
-                hint=f"missing: number {', '.join(map(str, lacking[:8]))}",
-                file=str(path),
-                missing=lacking,
-            )
+    numbered = [(path, family) for path in files if (family := shard_family(path))]
+    if not numbered:
+        return
+    path, (name, _, count) = numbered[0]
+    counts = sorted({family[2] for _, family in numbered})
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"{path.parent}: the shards of {name} belong to different sets, of {' and '.join(map(str, counts))}",
+            hint="remove those that an earlier save left behind, or name the files of the model you mean",
+            file=str(path),
+            counts=counts,
+        )
+    have = {family[1] for _, family in numbered}
+    lacking = [number for number in range(1, count + 1) if number not in have]
+    if lacking:
+        raise CheckpointError(
+            f"{path}: is one of {count} shards, but only {count - len(lacking)} were found",
+            hint=f"missing: number {', '.join(map(str, lacking[:8]))}" + (" …" if len(lacking) > 8 else ""),
+            file=str(path),
+            missing=lacking,
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from bigmerge.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 METADATA_KEY = "__metadata__"
+_shorten = reprlib.Repr()  # what a hostile header holds can be megabytes long
+_shorten.maxstring, _shorten.maxlist, _shorten.maxdict, _shorten.maxother = 200, 8, 4, 80
 
 
 @dataclass(frozen=True)
@@ -74,22 +77,16 @@ def read_header(path: Path) -> Header:
             f"{path}: cannot be read ({error.strerror or error})", file=str(path)
         ) from error
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {twice!r} appears twice")
-        return result
-
     try:
         if not raw.startswith(b"{"):
             raise ValueError("it does not start with '{'")
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         refuse(f"has a header that is no valid JSON object ({error})")
 
-    metadata = parsed.pop(METADATA_KEY, {})
+    metadata = parsed.pop(METADATA_KEY, None)
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         refuse(f"has a {METADATA_KEY} that is no map from strings to strings")
 
@@ -98,7 +95,7 @@ def read_header(path: Path) -> Header:
     for name, raw_entry in parsed.items():
         problem = _problem(raw_entry)
         if problem:
-            refuse(f"tensor {name!r} {problem}", tensor=name)
+            refuse(f"tensor {_shorten.repr(name)} {problem}", tensor=name)
         begin, end = raw_entry["data_offsets"]
         shape = tuple(raw_entry["shape"])
         entries[name] = Entry(raw_entry["dtype"], shape, data_start + begin, end - begin)
@@ -108,7 +105,7 @@ def read_header(path: Path) -> Header:
         if entry.start != position:
             kind = "overlaps another tensor" if entry.start < position else "leaves a gap before it"
             refuse(
-                f"tensor {name!r} {kind}: its data starts at byte {entry.start}, expected {position}",
+                f"tensor {_shorten.repr(name)} {kind}: its data starts at byte {entry.start}, expected {position}",
                 tensor=name,
             )
         position += entry.nbytes
@@ -117,21 +114,53 @@ def read_header(path: Path) -> Header:
     return Header(entries, metadata, size)
 
 
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are different and can be written again."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {_shorten.repr(key)} appears twice")
+        if not is_text(key) or (isinstance(value, str) and not is_text(value)):
+            raise ValueError(f"{_shorten.repr(key)} holds half of a surrogate pair, which is no character")
+        result[key] = value
+    return result
+
+
+def is_text(text: str) -> bool:
+    """Whether `text` is made of characters alone; JSON and pickles can also hold lone surrogates."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _problem(raw: Any) -> str | None:
     """What is wrong with one tensor's header entry, taken alone."""
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
         return "is not described by exactly dtype, shape and data_offsets"
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        return f"has the unknown dtype {dtype!r}"
+        return f"has the unknown dtype {_shorten.repr(dtype)}"
     if not _whole_numbers(shape):
-        return f"has the shape {shape!r}, which is no list of whole numbers"
+        return f"has the shape {_shorten.repr(shape)}, which is no list of whole numbers"
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return f"has the data_offsets {offsets!r}, which are no begin and end"
-    expected = byte_count(dtype, math.prod(shape))
+        return f"has the data_offsets {_shorten.repr(offsets)}, which are no begin and end"
+    numel = _numel(shape)
+    if numel is None:
+        return f"has the shape {_shorten.repr(shape)}, which is larger than any file"
+    expected = byte_count(dtype, numel)
     if offsets[1] - offsets[0] != expected:
-        return f"has {offsets[1] - offsets[0]} bytes of data, but {dtype} {shape} needs {expected}"
+        return f"has {offsets[1] - offsets[0]} bytes of data, but {dtype} {_shorten.repr(shape)} needs {expected}"
     return None
+
+
+def _numel(shape: list[int]) -> int | None:
+    """The product of `shape`; None beyond 2^63, so that a hostile shape costs no long arithmetic."""
+    if 0 in shape:
+        return 0
+    numel = 1
+    for size in shape:
+        numel *= size
+        if numel >= 2**63:
+            return None
+    return numel
 
 
 def _whole_numbers(value: Any) -> bool:
