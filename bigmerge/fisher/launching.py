@@ -6,6 +6,7 @@ travel through small files in that directory, so nothing but the progress bar re
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -175,8 +176,10 @@ def _environment(*, cpu: bool) -> Iterator[None]:
 @contextmanager
 def _silenced() -> Iterator[None]:
     """Without the launcher's reports: the one error that matters is raised here."""
-    levels = {name: logging.getLogger(name).level for name in _CHATTER}
-    for name in _CHATTER:
+    importlib.import_module("torch.distributed.run")  # which makes them, with levels of their own
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(_CHATTER)]
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         yield

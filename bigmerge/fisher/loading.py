@@ -85,7 +85,24 @@ def open_subject(model: str, task: str) -> Subject:
     chosen = _task(config, task, model)
     with _quiet_transformers(), _understood(model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(directory)
+    _check_vocabulary(model, directory, tokenizer)
     return Subject(model, checkpoint, config, tokenizer, chosen)
+
+
+def _check_vocabulary(model: str, directory: Path, tokenizer: Any) -> None:
+    # Where the files are missing, transformers makes a tokenizer that knows no words and says nothing.
+    needed = {*(tokenizer.vocab_files_names or {}).values()}
+    present = {path.name for path in directory.iterdir()}
+    if (
+        needed
+        and not present & (needed | {"tokenizer.json", "tekken.json"})
+        and not any(name.endswith((".model", ".tiktoken")) or name.startswith("vocab.") for name in present)
+    ):
+        raise InputError(
+            f"{model}: its tokenizer has no vocabulary file",
+            hint=f"the directory must hold one of: {', '.join(sorted(needed))}",
+            model=model,
+        )
 
 
 def _task(config: Any, task: str, model: str) -> type[Task]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,11 +121,23 @@ def prepare(settings: FisherSettings, group: Group) -> Prepared:
     return group.together(build)
 
 
-def measure_lengths(prepared: Prepared, ids: np.ndarray) -> tuple[dict[int, int], int]:
-    """Tokenize the rows `ids`, checking each.
+@dataclass(frozen=True)
+class Measured:
+    """The chosen rows that have something to score.
 
-    Returns:
-        Tokens by id for the rows that have something to score, and how many positions these have.
+    Attributes:
+        lengths: tokens by id.
+        positions: how many positions they score together.
+        most: the most that one of them scores.
+    """
+
+    lengths: dict[int, int]
+    positions: int
+    most: int
+
+
+def measure(prepared: Prepared, ids: np.ndarray) -> Measured:
+    """Tokenize the rows `ids`, checking each.
 
     Raises:
         DatasetError: a row has no text or a label outside the head's range.
@@ -135,7 +146,7 @@ def measure_lengths(prepared: Prepared, ids: np.ndarray) -> tuple[dict[int, int]
     task = prepared.task
     known = int(prepared.model.get_input_embeddings().weight.shape[0])
     lengths: dict[int, int] = {}
-    positions = 0
+    positions = most = 0
     for row in ids.tolist():
         encoded = task.encode(prepared.rows[row], row)
         scored = task.positions(encoded)
@@ -152,7 +163,8 @@ def measure_lengths(prepared: Prepared, ids: np.ndarray) -> tuple[dict[int, int]
             )
         lengths[row] = len(encoded["input_ids"])
         positions += scored
-    return lengths, positions
+        most = max(most, scored)
+    return Measured(lengths, positions, most)
 
 
 def check_scorable(examples: int, settings: FisherSettings) -> None:
@@ -169,7 +181,7 @@ def check_scorable(examples: int, settings: FisherSettings) -> None:
         )
 
 
-def check_columns_count(prepared: Prepared, lengths: Mapping[int, int]) -> None:
+def check_columns_count(prepared: Prepared, measured: Measured) -> None:
     """Refuse label expectations that would take unreasonably many backward passes.
 
     Raises:
@@ -177,8 +189,7 @@ def check_columns_count(prepared: Prepared, lengths: Mapping[int, int]) -> None:
     """
     task, config = prepared.task, prepared.model.config
     classes = config.get_text_config().vocab_size if task.scores_tokens else config.num_labels
-    positions = max(lengths.values(), default=1) if task.scores_tokens else 1
-    passes = prepared.labels.column_count(classes, positions)
+    passes = prepared.labels.column_count(classes, measured.most)
     if passes > _MOST_COLUMNS:
         raise UsageError(
             f"{prepared.labels.name} labels would take {passes} backward passes for one example",

@@ -24,7 +24,7 @@ from bigmerge.fisher.prepare import (
     Prepared,
     check_columns_count,
     check_scorable,
-    measure_lengths,
+    measure,
     prepare,
 )
 from bigmerge.fisher.processes import Group, Notices
@@ -67,9 +67,10 @@ def describe(settings: FisherSettings, processes: int) -> dict[str, Any]:
     check_free(settings.out, overwrite=settings.overwrite)
     group = Group(cpu=settings.processes.cpu)
     prepared = prepare(settings, group)
-    lengths, positions = measure_lengths(prepared, prepared.rows.ids)
+    measured = measure(prepared, prepared.rows.ids)
+    lengths = measured.lengths
     check_scorable(len(lengths), settings)
-    check_columns_count(prepared, lengths)
+    check_columns_count(prepared, measured)
     examples = Examples(prepared.rows, prepared.task, group.device)
     engine, reason = _choose(settings, prepared, examples, lengths, sum(lengths.values()) / len(lengths))
     limits = _limits(prepared, engine)
@@ -79,7 +80,7 @@ def describe(settings: FisherSettings, processes: int) -> dict[str, Any]:
         "dry_run": True,
         "examples": len(lengths),
         "skipped": len(prepared.rows.ids) - len(lengths),
-        "tokens": positions,
+        "tokens": measured.positions,
         "batches": len(make_batches(lengths, limits)),
         "parameters": elements,
         "bytes_per_process": _model_bytes(prepared.model) + 4 * elements + settings.memory,
@@ -104,11 +105,12 @@ class _Run:
         group.from_main(lambda: check_free(settings.out, overwrite=settings.overwrite))
         prepared = prepare(settings, group)
         mine = prepared.rows.ids[group.rank :: group.world]
-        lengths, _ = group.together(lambda: measure_lengths(prepared, mine))
+        measured = group.together(lambda: measure(prepared, mine))
+        lengths = measured.lengths
         total = sum(group.gather(len(lengths)))
         skipped = len(prepared.rows.ids) - total
         check_scorable(total, settings)
-        group.together(lambda: check_columns_count(prepared, lengths))
+        group.together(lambda: check_columns_count(prepared, measured))
         if skipped:
             logger.info("%d of %d rows have nothing to score and are left out", skipped, total + skipped)
 
@@ -246,7 +248,7 @@ class _Run:
                 import numpy as np
 
                 mine = np.asarray(remaining, dtype=np.int64)[group.rank :: group.world]
-            lengths, _ = group.together(lambda: measure_lengths(prepared, mine))
+            lengths = group.together(lambda: measure(prepared, mine)).lengths
         resumed = len(carried) + sum(group.gather(len(progress.finished)))
         if resumed:
             logger.info("going on after %d of %d examples", resumed, total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -205,5 +206,7 @@ def fisher(
         return
     if is_main:
         raise error
-    # Among processes that a launcher started, all end with the same error; the main one reports it.
+    # Among processes that a launcher started, all end with the same error. The main one reports it, and needs
+    # a moment to, before the launcher notices that another has ended and stops it.
+    time.sleep(2)
     raise typer.Exit(error.exit_code)
