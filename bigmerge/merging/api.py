@@ -159,7 +159,7 @@ def merge(
         dtype: of the output's floating tensors; default: the target's.
         shard_size: most bytes of data in one output file.
         memory: working memory beyond the interpreter and torch; bytes or text like "256MiB".
-        workers: threads; default: one for each core.
+        workers: most threads; default: one for each core.
 
     Raises:
         UsageError, InputError, ResourceError: see `plan_merge`.

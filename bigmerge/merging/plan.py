@@ -47,7 +47,7 @@ class Budget:
 
     Attributes:
         memory: bytes of working memory beyond the interpreter and torch.
-        workers: threads; None: one for each core, fewer if memory is short.
+        workers: most threads; None: one for each core. Fewer are used if memory is short.
     """
 
     memory: int = DEFAULT_MEMORY
@@ -311,18 +311,17 @@ def _fit(
         return most
 
     windows = [STEP, STEP // 2, BLOCK]
-    default = min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
-    choices = [budget.workers] if budget.workers else list(range(default, 0, -1))
-    for workers in choices:
+    most_workers = budget.workers or min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    for workers in range(most_workers, 0, -1):
         for window in windows:
             peak = fixed + workers * per_worker(window)
             if peak <= budget.memory:
                 return workers, window, peak
-    least = fixed + (budget.workers or 1) * per_worker(BLOCK)
+    least = fixed + per_worker(BLOCK)
     raise ResourceError(
         f"this merge needs at least {format_bytes(least)} of working memory, the budget is "
         f"{format_bytes(budget.memory)}",
-        hint=f"--memory {-(-least // (1 << 20))}MiB" + (" or fewer --workers" if budget.workers else ""),
+        hint=f"--memory {-(-least // (1 << 20))}MiB",
         needed=least,
         budget=budget.memory,
     )

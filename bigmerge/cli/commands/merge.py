@@ -77,7 +77,7 @@ def merge(
     memory: Annotated[
         str, typer.Option(help="Working memory beyond the interpreter and torch; kept or refused.")
     ] = "256MiB",
-    workers: Annotated[int | None, typer.Option(help="Threads. Default: one for each core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Most threads. Default: one for each core.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")
     ] = False,
