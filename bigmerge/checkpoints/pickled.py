@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import pickle
+import struct
 import zipfile
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,7 @@ def read_pickled(path: Path) -> list[TensorSpec]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path}: is no zip-format PyTorch file (older formats cannot be memory-mapped)",
-            hint=_CONVERT,
-            file=str(path),
-        )
+    records = _records(path)
     try:
         # mmap: nothing is read; weights_only: nothing but tensors and containers is unpickled.
         torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -50,26 +47,26 @@ def read_pickled(path: Path) -> list[TensorSpec]:
             file=str(path),
             reason=str(error).splitlines()[0],
         ) from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # a damaged pickle fails in any way the unpickler's operations can
+        reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise CheckpointError(
-            f"{path}: cannot be read as a PyTorch file ({error})", file=str(path)
+            f"{path}: cannot be read as a PyTorch file ({reason})", hint=_CONVERT, file=str(path)
         ) from error
 
     state = _state_dict(loaded, path)
-    size = path.stat().st_size
     specs = []
     for name, tensor in state.items():
-        if not tensor.is_contiguous():
+        if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
             raise CheckpointError(
-                f"{path}: tensor {name!r} is stored transposed or strided",
-                hint="save the state dict again with .contiguous() tensors",
+                f"{path}: tensor {name!r} is stored sparse, transposed, strided or negated",
+                hint="save the state dict again with dense .contiguous() tensors",
                 file=str(path),
                 tensor=name,
             )
         offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         nbytes = math.prod(tensor.shape) * tensor.element_size()
         start = 0 if nbytes == 0 else _start(offset, tensor)
-        if start is None or start + nbytes > size:
+        if start is None or (nbytes and not _inside(start, start + nbytes, records)):
             raise CheckpointError(
                 f"{path}: the bytes of tensor {name!r} cannot be located", hint=_CONVERT, file=str(path)
             )
@@ -85,6 +82,45 @@ def read_pickled(path: Path) -> list[TensorSpec]:
     return specs
 
 
+def _records(path: Path) -> list[tuple[int, int]]:
+    """Where the records of the zip file begin and end, in order.
+
+    Looked at before torch is: it trusts the sizes, follows offsets into compressed records and crashes on
+    mapped big-endian files.
+    """
+    refused = None
+    records = []
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for info in archive.infolist():
+                kind = info.filename.rpartition("/")[2]
+                if kind == "constants.pkl":
+                    refused = "is a TorchScript program, not a state dict"
+                    break
+                if info.compress_type != zipfile.ZIP_STORED:
+                    refused = f"its record {info.filename} is compressed, so it cannot be memory-mapped"
+                if kind == "byteorder" and archive.read(info) != b"little":
+                    refused = "was written on a big-endian machine"
+                file.seek(info.header_offset + 26)
+                name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+                start = info.header_offset + 30 + name_bytes + extra_bytes
+                records.append((start, start + info.file_size))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error})", file=str(path)
+        ) from error
+    except Exception:  # zipfile's own error and, on damaged files, a dozen others
+        refused = "is no zip-format PyTorch file, or a damaged one (older formats cannot be memory-mapped)"
+    if refused:
+        raise CheckpointError(f"{path}: {refused}", hint=_CONVERT, file=str(path))
+    return sorted(records)
+
+
+def _inside(start: int, end: int, records: list[tuple[int, int]]) -> bool:
+    number = bisect_right(records, (start, math.inf)) - 1
+    return number >= 0 and end <= records[number][1]
+
+
 def _start(offset: Any, tensor: Any) -> int | None:
     return None if offset is None else int(offset) + tensor.storage_offset() * tensor.element_size()
 
@@ -94,15 +130,16 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Any]:
 
     if isinstance(loaded, dict):
         for key in _NESTED:
-            if isinstance(loaded.get(key), dict):
+            if isinstance(loaded.get(key), dict) and loaded[key]:
                 loaded = loaded[key]
                 break
     if not isinstance(loaded, dict) or not loaded:
         raise CheckpointError(f"{path}: holds no state dict", hint=_CONVERT, file=str(path))
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            kind = f"no tensor but {type(value).__name__}" if isinstance(name, str) else "not named by text"
             raise CheckpointError(
-                f"{path}: entry {name!r} of its state dict is a {type(value).__name__}, not a tensor",
+                f"{path}: entry {name!r} of its state dict is {kind}",
                 hint="save the state dict alone, with tensors only",
                 file=str(path),
             )
