@@ -103,8 +103,8 @@ class Fisher(Method):
                 moved.addcmul_(fisher, theta.sub_(center))
                 view.give_back(theta)
             view.give_back(fisher)
-        nothing = relative <= self.epsilon
-        if nothing.any():
+        if relative.numel() and relative.min() <= self.epsilon:
+            nothing = relative <= self.epsilon
             mass.masked_fill_(nothing, 1.0)
             moved.masked_fill_(nothing, 0.0)
             if self.zero == "error":
