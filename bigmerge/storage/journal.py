@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bigmerge.storage.writing import output_errors
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -23,11 +25,16 @@ class Entry:
 
 
 class Journal:
-    """The journal in the file `path`, as a context manager; `replay` first, then `append`."""
+    """The journal in the file `path`, as a context manager; `replay` first, then `append`.
+
+    Raises:
+        OutputError: the disk is full or reports an error.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with output_errors(path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def replay(self) -> Iterator[Entry]:
         """The entries of earlier runs. What follows the last whole line is cut off when they are exhausted."""
@@ -44,10 +51,11 @@ class Journal:
     def append(self, entries: Iterable[Entry]) -> None:
         """Add entries and wait until they are on the disk."""
         lines = b"".join(_line(entry) for entry in entries)
-        os.lseek(self._descriptor, 0, os.SEEK_END)
-        while lines:
-            lines = lines[os.write(self._descriptor, lines) :]
-        os.fdatasync(self._descriptor)
+        with output_errors(self.path):
+            os.lseek(self._descriptor, 0, os.SEEK_END)
+            while lines:
+                lines = lines[os.write(self._descriptor, lines) :]
+            os.fdatasync(self._descriptor)
 
     def __enter__(self) -> Journal:
         return self

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from bigmerge.errors import OutputError, ResumeError
-from bigmerge.storage.writing import sync_directory, write_json
+from bigmerge.storage.writing import output_errors, sync_path, write_json
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
@@ -38,7 +38,7 @@ def check_free(out: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: it exists and was not asked to be overwritten, or its parent is no directory.
     """
-    if not out.name:
+    if out.name in {"", ".."}:
         raise OutputError(f"{out}: is no name for an output directory", file=str(out))
     if os.path.lexists(out):
         if not overwrite:
@@ -48,7 +48,8 @@ def check_free(out: Path, *, overwrite: bool) -> None:
                 file=str(out),
             )
         if not out.is_dir() or out.is_symlink():
-            raise OutputError(f"{out}: is no directory, so it is not overwritten", file=str(out))
+            kind = "is a link" if out.is_symlink() else "is no directory"
+            raise OutputError(f"{out}: {kind}, so it is not overwritten", file=str(out))
     for parent in out.absolute().parents:
         if os.path.lexists(parent):
             if not parent.is_dir():
@@ -103,36 +104,66 @@ class Staging:
                 file=str(self.out),
             ) from None
         try:
+            self._check_still_there()
             self._take_up()
         except BaseException:
             self._unlock()
             raise
         return self
 
+    def _check_still_there(self) -> None:
+        """Another process may have finished, and removed what is locked here, since this one looked."""
+        assert self._lock is not None
+        check_free(self.out, overwrite=self._overwrite)
+        try:
+            same = os.path.samestat(os.fstat(self._lock), (self.scratch / "lock").stat())
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise OutputError(
+                f"{self.out}: another process has just finished work on it",
+                hint="look at its result, or run the same command again",
+                file=str(self.out),
+            )
+
     def _take_up(self) -> None:
         record = self.scratch / "run.json"
-        if record.exists():
-            try:
-                earlier = json.loads(record.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ResumeError(
-                    f"{record}: cannot be read ({error})",
-                    hint=f"remove {self.scratch} to start again",
-                    file=str(record),
-                ) from error
-            differences = list(_differences(earlier, self._run))
-            if differences:
-                raise ResumeError(
-                    f"{self.scratch}: holds unfinished work of another run; what differs:\n    "
-                    + "\n    ".join(differences),
-                    hint=f"repeat the earlier command to finish it, or remove {self.scratch} to start again",
-                    file=str(self.scratch),
-                    differences=differences,
-                )
-            self.resumed = self.output.is_dir()
-        self.output.mkdir(exist_ok=True)
-        if not record.exists():
-            write_json(record, self._run)
+        if record.exists() and self.output.is_dir():
+            self._compare(record)
+            self.resumed = True
+            return
+        # What else is here was left by a run that ended between publishing its output and removing the rest.
+        self._clear()
+        with output_errors(self.output):
+            self.output.mkdir()
+        write_json(record, self._run)
+
+    def _compare(self, record: Path) -> None:
+        try:
+            earlier = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ResumeError(
+                f"{record}: cannot be read ({error})",
+                hint=f"remove {self.scratch} to start again",
+                file=str(record),
+            ) from error
+        differences = list(_differences(earlier, self._run))
+        if differences:
+            raise ResumeError(
+                f"{self.scratch}: holds unfinished work of another run; what differs:\n    "
+                + "\n    ".join(differences),
+                hint=f"repeat the earlier command to finish it, or remove {self.scratch} to start again",
+                file=str(self.scratch),
+                differences=differences,
+            )
+
+    def _clear(self) -> None:
+        with output_errors(self.scratch):
+            for path in self.scratch.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
 
     def __exit__(
         self,
@@ -154,30 +185,30 @@ class Staging:
             OutputError: something has appeared under that name meanwhile, or the disk refuses.
         """
         for path in sorted(self.output.rglob("*")):
-            if path.is_file():
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-            elif path.is_dir():
-                sync_directory(path)
-        sync_directory(self.output)
+            if path.is_file() or path.is_dir():
+                sync_path(path)
+        sync_path(self.output)
         replaces = self._overwrite and self.out.exists()
+        if replaces:
+            # From here on what lies in the staging directory may be the replaced output: no run may take it up.
+            with output_errors(self.scratch):
+                (self.scratch / "run.json").unlink()
+                sync_path(self.scratch)
         code = _rename(self.output, self.out, _RENAME_EXCHANGE if replaces else _RENAME_NOREPLACE)
         if code in (errno.ENOSYS, errno.EINVAL):  # a file system without renameat2's flags
-            if replaces:
-                self.out.rename(self.scratch / "replaced")
-            code = 0 if not os.path.lexists(self.out) else errno.EEXIST
-            if code == 0:
-                self.output.rename(self.out)
+            with output_errors(self.out):
+                if replaces:
+                    self.out.rename(self.scratch / "replaced")
+                code = 0 if not os.path.lexists(self.out) else errno.EEXIST
+                if code == 0:
+                    self.output.rename(self.out)
         if code:
             raise OutputError(
                 f"{self.out}: the finished output cannot be given its name ({os.strerror(code)})",
                 hint=f"it is complete in {self.output}",
                 file=str(self.out),
             )
-        sync_directory(self.out.absolute().parent)
+        sync_path(self.out.absolute().parent)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
@@ -200,4 +231,5 @@ def _differences(earlier: Any, now: Any, path: str = "") -> Iterator[str]:
         for position, (one, other) in enumerate(zip(earlier, now, strict=True)):
             yield from _differences(one, other, f"{path}[{position}]")
     elif earlier != now:
-        yield f"{path}: {json.dumps(earlier)} before, {json.dumps(now)} now"
+        before, after = (json.dumps(value, ensure_ascii=False) for value in (earlier, now))
+        yield f"{path}: {before} before, {after} now"

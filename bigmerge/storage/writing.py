@@ -7,7 +7,7 @@ import ctypes
 import errno
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class CheckpointWriter:
         """
         for number, shard in enumerate(self.layout.shards):
             path = self.directory / shard.filename
-            with _os_errors(path):
+            with output_errors(path):
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 self._descriptors[number] = descriptor
                 if os.fstat(descriptor).st_size != shard.nbytes:
@@ -71,7 +71,7 @@ class CheckpointWriter:
         shard = self.layout.shards[number]
         position = shard.starts[name] + offset
         descriptor = self._descriptors[number]
-        with _os_errors(self.directory / shard.filename):
+        with output_errors(self.directory / shard.filename):
             _write_all(descriptor, data, position)
         # Only a hint: where it is missing, the data waits for the next sync.
         with contextlib.suppress(AttributeError):
@@ -100,7 +100,7 @@ class CheckpointWriter:
             else sorted({self.layout.shard_of[name] for name in names})
         )
         for number in numbers:
-            with _os_errors(self.directory / self.layout.shards[number].filename):
+            with output_errors(self.directory / self.layout.shards[number].filename):
                 os.fdatasync(self._descriptors[number])
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ def write_text(path: Path, text: str) -> None:
         OutputError: the disk is full or refuses.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with _os_errors(path):
+    with output_errors(path):
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -131,12 +131,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until the directory's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Wait until the directory's entries are on the disk.
+
+    Raises:
+        OutputError: the disk reports an error.
+    """
+    sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file's content, or a directory's entries, are on the disk.
+
+    Raises:
+        OutputError: the disk reports an error.
+    """
+    with output_errors(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
@@ -148,7 +162,8 @@ def _write_all(descriptor: int, data: bytes | memoryview, position: int) -> None
 
 
 @contextlib.contextmanager
-def _os_errors(path: Path) -> Any:
+def output_errors(path: Path) -> Iterator[None]:
+    """Within the block an error of the disk becomes an OutputError about `path`."""
     try:
         yield
     except OSError as error:
