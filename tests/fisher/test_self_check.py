@@ -51,6 +51,24 @@ def test_bfloat16_models_pass(make, engine):
         assert len(checked.noise) <= 3
 
 
+@BOTH
+def test_both_sides_pull_back_the_same_vectors(engine):
+    # as with labels that are drawn from logits which differ by rounding
+    class Unrepeatable(LABELS.get("sampled")):
+        calls = 0
+
+        def columns(self, scores, ids):
+            Unrepeatable.calls += 1
+            self.seed = Unrepeatable.calls
+            return super().columns(scores, ids)
+
+    batch = tiny.token_batch("right", (7, 4))
+    checked = self_check(
+        engine, tiny.gpt2(), Unrepeatable(draws=2), tiny.predict_tokens, batch, memory=MEMORY
+    )
+    assert checked.worst_error < 1e-5
+
+
 def test_memory_bounds_how_many_gradients_there_are_at_a_time(monkeypatch):
     asked = []
     original = torch.autograd.grad

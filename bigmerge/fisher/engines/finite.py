@@ -35,7 +35,7 @@ def check_finite(engine: Engine, batch: Batch) -> None:
 def _culprit(engine: Engine, batch: Batch, broken: list[str]) -> EstimationError:
     """Run the examples alone; in float32 a square overflows from 1.8e19 on, so squares are looked at."""
     parameters = dict(engine.model.named_parameters())
-    hint = "load the model with --dtype float32, or leave the example out of the data"
+    hint = "measure a float32 copy of the model, or leave the example out of the data"
     with plainly_differentiable(engine.model):
         for example, gradients in plain_gradients(
             engine.model, engine.labels, engine.score, batch, [parameters[name] for name in broken]

@@ -161,18 +161,17 @@ class Group:
 
     def _add_embedding(self, head: TiedHead) -> None:
         """Add b(2a + b) for the embedding uses, whose rows are b."""
-        uses = sorted(self._pending, key=lambda pending: pending[0].index)
-        if not uses:
+        if not self._pending:
             return
         found: list[ExampleGradients] = []
-        for use, g in uses:
+        for use, g in self._pending:
             if use.index not in head.left:
                 raise self._arrived_in_parts(use)
             found.extend(use.rule.gradients(use.x, g).values())
         rows = combine(found)
         if not isinstance(rows, Rows):
             raise TypeError(f"a rule with touched_rows gave {type(rows).__name__}")
-        left = torch.cat([head.left[use.index] for use, _ in uses], dim=2)
+        left = torch.cat([head.left[use.index] for use, _ in self._pending], dim=2)
         total = self._sums[head.parameter]
         step = self._workspace.examples(4 * (3 * rows.values[0].numel() + left[0].numel()))
         for start in range(0, rows.count(), step):
