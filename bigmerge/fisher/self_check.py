@@ -32,7 +32,7 @@ class SelfCheck:
 
     Attributes:
         worst_parameter: the parameter that differs most; None if nothing rose above the noise.
-        worst_error: its ‖engine − plain‖ / ‖plain‖.
+        worst_error: its ‖engine − plain‖, relative to the larger of both norms.
         tolerance: what would have been allowed.
         compared: how many parameters were compared.
         noise: parameters whose gradients are zero but for rounding, and were not.
@@ -61,7 +61,7 @@ def self_check(
     Sums of its own are made for the time of the check; plain gradients take up to `memory` more.
 
     Args:
-        tolerance: relative to a tensor's own norm; None: by the model's dtype, see `TOLERANCES`.
+        tolerance: relative to the larger of the two norms of a tensor; None: by the model's dtype, see `TOLERANCES`.
 
     Raises:
         EstimationError: parameters disagree (the data lists each with its error), or the engine refuses.

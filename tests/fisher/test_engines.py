@@ -397,23 +397,23 @@ def test_tied_embedding_and_head(embeddings, heads, padding, memory, engine):
 
 
 def test_a_tied_embedding_never_gives_negative_squares():
-    # where the head's and the embedding's gradients cancel, (a + b)² is rounding of either sign
+    # where the head's and the embedding's gradients cancel, Σ (a + b)² is rounding of either sign
     torch.manual_seed(0)
     model = Tied()
     sums = {"weight": torch.zeros(9, 6)}
     group = Group(sums, Workspace(MEMORY))
-    ids = torch.arange(9).unsqueeze(0)
-    x, g = torch.randn(1, 5, 6), torch.randn(1, 5, 9)
+    ids = torch.arange(9).repeat(8, 1)
+    x, g = torch.randn(8, 5, 6), torch.randn(8, 5, 9)
     group.begin()
     embedding = group.expect(rule_for(model.embed), {"weight": "weight"}, ids)
     head = group.expect(rule_for(nn.Linear(6, 9, bias=False)), {"weight": "weight"}, x)
     group.seal()
     group.arrive(head, g)
-    assert float(sums["weight"].min()) > 0
-    group.arrive(embedding, -(g.transpose(1, 2) @ x) * (1 + 3e-7 * torch.randn(1, 9, 6)))
+    assert float(sums["weight"].min()) > 1
+    group.arrive(embedding, -(g.transpose(1, 2) @ x))
     group.finish()
     assert float(sums["weight"].min()) >= 0
-    assert float(sums["weight"].max()) < 1e-5
+    assert float(sums["weight"].max()) < 1e-4
 
 
 class FromOnePosition(nn.Module):

@@ -117,9 +117,8 @@ class HooksEngine(Engine):
                 return None
             x = only_input(module, args, kwargs)
             reason = obstacle(x, output, self._examples)
-            if reason is not None or x is None:
-                _refuse(dict.fromkeys(item.names.values(), f"{type(module).__name__} {reason}"))
-                return None
+            if x is None or reason is not None:
+                raise _refusal(dict.fromkeys(item.names.values(), f"{type(module).__name__} {reason}"))
             x, y = x.detach(), cast(torch.Tensor, output)
             if not y.requires_grad:
                 y = _StartGraph.apply(y, self._anchor(y.device))  # type: ignore[no-untyped-call]
@@ -165,10 +164,14 @@ class _StartGraph(torch.autograd.Function):
 def _refuse(problems: Mapping[str, str]) -> None:
     """Raise if there are problems."""
     if problems:
-        name, reason = next(iter(problems.items()))
-        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise EstimationError(
-            f"squares of per-example gradients cannot be taken layer by layer: {name}: {reason}{more}",
-            hint="use --per-example loop",
-            parameters=dict(problems),
-        )
+        raise _refusal(problems)
+
+
+def _refusal(problems: Mapping[str, str]) -> EstimationError:
+    name, reason = next(iter(problems.items()))
+    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return EstimationError(
+        f"squares of per-example gradients cannot be taken layer by layer: {name}: {reason}{more}",
+        hint="use --per-example loop",
+        parameters=dict(problems),
+    )
