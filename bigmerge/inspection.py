@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bigmerge.checkpoints.checkpoint import Checkpoint, natural_key
-from bigmerge.merging.fisher_facts import FACTS_KEY, fisher_facts, recorded_moments
-from bigmerge.merging.sources import is_fisher, resolve
+from bigmerge.merging.arguments import resolve
+from bigmerge.merging.fisher_facts import fisher_facts, is_fisher, recorded_moments
+from bigmerge.merging.heads import architectures
 from bigmerge.methods.base import Moments
 from bigmerge.quantities import format_bytes
 
@@ -42,11 +43,10 @@ class Inspection:
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
-        config = self.checkpoint.config or {}
         return {
             "path": str(self.path),
             "kind": self.kind.lower(),
-            "architectures": config.get("architectures"),
+            "architectures": architectures(self.checkpoint),
             "files": [{"name": file.name, "bytes": file.stat().st_size} for file in self.checkpoint.files],
             "parameters": self.parameters,
             "bytes": self.checkpoint.nbytes,
@@ -69,9 +69,9 @@ class Inspection:
         """What is printed for people; with `tensors` every tensor too."""
         checkpoint = self.checkpoint
         dtypes = Counter(spec.dtype for spec in checkpoint.tensors.values())
-        architectures = ", ".join((checkpoint.config or {}).get("architectures") or [])
+        classes = ", ".join(architectures(checkpoint))
         lines = [
-            f"{self.path}: {self.kind}{f' ({architectures})' if architectures else ''}",
+            f"{self.path}: {self.kind}{f' ({classes})' if classes else ''}",
             f"  {self.parameters:,} numbers in {len(checkpoint.tensors)} tensors "
             f"({', '.join(f'{count} {dtype}' for dtype, count in dtypes.most_common())}), "
             f"{format_bytes(checkpoint.nbytes)} in {len(checkpoint.files)} file(s)",
@@ -106,7 +106,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     """
     checkpoint = resolve(path)
     facts = fisher_facts(checkpoint) if is_fisher(checkpoint) else None
-    layers = _by_layer(recorded_moments(checkpoint)) if FACTS_KEY in checkpoint.metadata else {}
+    layers = _by_layer(recorded_moments(checkpoint)) if is_fisher(checkpoint) else {}
     return Inspection(Path(path), checkpoint, facts, layers)
 
 

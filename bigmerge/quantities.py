@@ -20,10 +20,10 @@ def parse_bytes(text: str | int) -> int:
         UsageError: the text is no positive amount.
     """
     if isinstance(text, int):
-        return text
+        text = f"{text}B"
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     unit = match.group(2).lower() if match else ""
-    if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
+    if match is None or unit not in _UNITS or float(match.group(1)) * _UNITS[unit] < 1:
         raise UsageError(
             f"{text!r} is no amount of memory", hint="write it as 256MiB, 2GiB or 5GB", text=text
         )

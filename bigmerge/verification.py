@@ -59,8 +59,13 @@ def verify(path: Path, *, progress: bool = False, workers: int = 2) -> Verificat
     """Check the checkpoint `path`: header validity, completeness, and digests against the manifest.
 
     Problems are gathered, not raised.
+
+    Raises:
+        CheckpointError: there is nothing at `path`.
     """
     result = Verification(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory", file=str(path))
     try:
         checkpoint = open_checkpoint(path)
         manifest_path = path / MANIFEST if path.is_dir() else path.parent / MANIFEST
@@ -83,20 +88,24 @@ def verify(path: Path, *, progress: bool = False, workers: int = 2) -> Verificat
         f"tensor {name!r} is not in the manifest" for name in checkpoint.tensors if name not in recorded
     ]
     for name, digest in files.items():
-        if not (path / name).is_file():
-            result.problems.append(f"{name} is missing")
-        elif digest_file(path / name) != digest:
-            result.problems.append(f"{name} has been changed")
+        result.problems += _file_problems(path, name, digest)
 
     def check(spec: TensorSpec) -> tuple[TensorSpec, str | None]:
         try:
             found = digest_stored_tensor(spec.path, spec.start, spec.dtype, spec.numel)
         except (CheckpointError, OSError) as error:
             return spec, f"tensor {spec.name!r} cannot be read: {error}"
-        if found != recorded[spec.name].get("digest"):
+        entry = recorded[spec.name]
+        kind = [entry.get("dtype", spec.dtype), entry.get("shape", list(spec.shape))]
+        if found != entry.get("digest") or kind != [spec.dtype, list(spec.shape)]:
             return spec, f"tensor {spec.name!r} in {spec.path.name} has been changed or is damaged"
         return spec, None
 
+    result.problems += [
+        f"{manifest_path}: what it says of tensor {name!r} cannot be read"
+        for name in checkpoint.tensors
+        if name in recorded and not isinstance(recorded[name], dict)
+    ]
     known = [spec for name, spec in checkpoint.tensors.items() if isinstance(recorded.get(name), dict)]
     total = sum(spec.nbytes for spec in known)
     with (
@@ -108,3 +117,16 @@ def verify(path: Path, *, progress: bool = False, workers: int = 2) -> Verificat
             if problem:
                 result.problems.append(problem)
     return result
+
+
+def _file_problems(directory: Path, name: str, digest: Any) -> list[str]:
+    # A manifest is input from strangers: what lies elsewhere is none of its business.
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return [f"the manifest names {name!r}, which is not in the directory"]
+    path = directory / name
+    try:
+        if not path.is_file():
+            return [f"{name} is missing"]
+        return [] if digest_file(path) == digest else [f"{name} has been changed"]
+    except OSError as error:
+        return [f"{name} cannot be read ({error.strerror})"]

@@ -11,17 +11,23 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from bigmerge.errors import BigmergeError
+from bigmerge.errors import BigmergeError, Interrupted
 
 
 def emit(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """Print a command's result: `result` as one JSON object, or `text` for people."""
     if as_json:
-        json.dump(result, sys.stdout, indent=2, ensure_ascii=False)
-        sys.stdout.write("\n")
-    else:
-        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        text = json.dumps(result, indent=2, ensure_ascii=False)
+        if _printable(text) != text:
+            text = json.dumps(result, indent=2)
+    sys.stdout.write(_printable(text if text.endswith("\n") else text + "\n"))
     sys.stdout.flush()
+
+
+def _printable(text: str) -> str:
+    """`text` with what standard output's encoding does not know (λ in latin-1) as backslash escapes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def report_error(error: BigmergeError, *, as_json: bool) -> None:
@@ -39,6 +45,19 @@ def set_up_logging(*, quiet: bool = False) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block Ctrl-C is an error like others; typer would end the process in its own way.
+
+    Raises:
+        Interrupted: for every KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted", hint="run the same command again to go on") from None
 
 
 @contextmanager

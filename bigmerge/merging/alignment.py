@@ -110,8 +110,8 @@ def align(
         UsageError: a pattern matches no tensor.
         CheckpointError: a model is quantised.
     """
-    for source in sources:
-        _refuse_quantised(source)
+    for checkpoint in (*(source.checkpoint for source in sources), *([base] if base else [])):
+        _refuse_quantised(checkpoint)
     target_names = sources[target].checkpoint.tensors
     _check_patterns(selection, target_names)
     warnings: list[str] = []
@@ -148,16 +148,18 @@ def align(
         reason = selection.left_out(name)
         if reason is None and name in heads:
             reason = "task head (--merge-heads merges it)"
+            if selection.strict:
+                problems.append(f"{name}: {reason}")
+                continue
         if reason is None:
             reason, problem = _obstacle(name, spec, specs, fishers, sources, strict=selection.strict)
             if problem:
                 problems.append(problem)
                 continue
         base_spec = bases.get(name) if bases is not None else None
-        if reason is None and bases is not None and (base_spec is None or base_spec.shape != spec.shape):
-            state = "is missing in" if base_spec is None else "has another shape in"
-            reason = f"{state} the base"
-            if selection.strict:
+        if reason is None and bases is not None:
+            reason = _base_obstacle(spec, base_spec)
+            if reason is not None and selection.strict:
                 problems.append(f"{name}: {reason}")
                 continue
         if reason is None:
@@ -165,12 +167,10 @@ def align(
             merged.append(Merged(name, tuple(present), owned, base_spec))
         else:
             kept.append(Kept(name, spec, reason))
-    for source, model in zip(sources, models, strict=True):
-        for name in model:
-            if name not in target_names and name not in dropped:
-                dropped[name] = f"only {source.label} and not the target has it"
-                if selection.strict:
-                    problems.append(f"{name}: {dropped[name]}")
+    for name, owners in _only_donors_have(sources, models, target_names).items():
+        dropped[name] = f"not in the target, only in {', '.join(owners)}"
+        if selection.strict:
+            problems.append(f"{name}: {dropped[name]}")
     if problems:
         shown = problems[:_MOST_SHOWN]
         more = len(problems) - len(shown)
@@ -189,6 +189,28 @@ def align(
             reasons=reasons,
         )
     return Alignment(tuple(merged), tuple(kept), dropped, tuple(warnings))
+
+
+def _base_obstacle(spec: TensorSpec, base: TensorSpec | None) -> str | None:
+    if base is None:
+        return "missing in the base"
+    if base.shape != spec.shape:
+        return f"shape {list(spec.shape)} differs in the base {list(base.shape)}"
+    if base.dtype not in FLOATS:
+        return f"dtype {base.dtype} of the base cannot be averaged"
+    return None
+
+
+def _only_donors_have(
+    sources: Sequence[Source], models: Sequence[Mapping[str, TensorSpec]], target: Mapping[str, TensorSpec]
+) -> dict[str, list[str]]:
+    """Tensor name → labels of the models that have it although the target does not."""
+    owners: dict[str, list[str]] = {}
+    for source, model in zip(sources, models, strict=True):
+        for name in model:
+            if name not in target:
+                owners.setdefault(name, []).append(source.label)
+    return owners
 
 
 def _obstacle(
@@ -249,6 +271,8 @@ def _named_like(
     """
     own = checkpoint.tensors
     best, best_hits = own, sum(name in target for name in own)
+    if 2 * best_hits >= min(len(own), len(target)):
+        return own
     renamings: list[tuple[str, dict[str, TensorSpec]]] = []
     for prefix in sorted({name.split(".", 1)[0] for name in target if "." in name}):
         renamings.append((f"with {prefix!r} before each name", {f"{prefix}.{n}": s for n, s in own.items()}))
@@ -276,14 +300,14 @@ def _check_patterns(selection: Selection, names: Mapping[str, Any]) -> None:
                 )
 
 
-def _refuse_quantised(source: Source) -> None:
-    config = source.checkpoint.config or {}
-    if config.get("quantization_config"):
-        kind = config["quantization_config"].get("quant_method", "unknown")
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    settings = (checkpoint.config or {}).get("quantization_config")
+    if settings:
+        kind = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
         raise CheckpointError(
-            f"{source.checkpoint.root}: is quantised ({kind}); its numbers cannot be averaged as they are",
+            f"{checkpoint.root}: is quantised ({kind}); its numbers cannot be averaged as they are",
             hint="merge the unquantised checkpoints and quantise the result",
-            file=str(source.checkpoint.root),
+            file=str(checkpoint.root),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from typing import Any
 from bigmerge.checkpoints.dtypes import FLOATS, dtype_name
 from bigmerge.errors import UsageError
 from bigmerge.merging.alignment import Selection
+from bigmerge.merging.arguments import resolve_model
 from bigmerge.merging.plan import DEFAULT_MEMORY, Budget, Plan, describe_exceptions, make_plan
 from bigmerge.merging.recipe import DEFAULT_SHARD_BYTES, Recipe
-from bigmerge.merging.sources import Grouping, collect, resolve
+from bigmerge.merging.sources import Grouping, collect
 from bigmerge.methods.base import METHODS, build_method
 from bigmerge.quantities import format_bytes, format_seconds, parse_bytes
 from bigmerge.storage.staging import Staging, check_free
@@ -94,8 +96,9 @@ def plan_merge(
         ResourceError: the memory budget cannot be kept, or the disk is too small.
     """
     grouping = collect(sources, models, weights, fishers)
-    names = [source.label for source in grouping.sources]
     chosen = method or _default_method(grouping)
+    if not math.isfinite(scale):
+        raise UsageError(f"--scale {scale:g} is no finite number")
     if scale != 1.0 and base is None:
         raise UsageError("--scale needs the --base that the merged model is moved away from")
     if workers is not None and workers < 1:
@@ -116,12 +119,13 @@ def plan_merge(
             raise UsageError(f"options of the method {other!r} were given, but the method is {chosen!r}")
     built = build_method(chosen, {**(method_options or {}).get(chosen, {}), **(parameters or {})})
     built.check([source.weight for source in grouping.sources])
+    base_model = resolve_model(base) if base is not None else None
     recipe = Recipe(
         sources=grouping.sources,
         method=built,
-        target=_target(names, target),
-        base=resolve(base) if base is not None else None,
-        base_label=str(base).rstrip("/").rpartition("/")[2] if base is not None else None,
+        target=_target(grouping, target),
+        base=base_model.checkpoint if base_model is not None else None,
+        base_label=base_model.label if base_model is not None else None,
         scale=float(scale),
         selection=Selection(tuple(include), tuple(exclude), strict, merge_heads),
         dtype=output_dtype,
@@ -163,7 +167,7 @@ def merge(
 
     Raises:
         UsageError, InputError, ResourceError: see `plan_merge`.
-        OutputError: `out` exists, is being written by another process, or the disk refuses.
+        OutputError: `out` exists, contains an input, is being written by another process, or the disk refuses.
         ResumeError: an unfinished run of another recipe is there, or inputs have changed since it.
         Interrupted: Ctrl-C; the same call goes on.
     """
@@ -225,14 +229,20 @@ def _default_method(grouping: Grouping) -> str:
     return METHODS.get("linear").name
 
 
-def _target(names: Sequence[str], wanted: str | None) -> int:
+def _target(grouping: Grouping, wanted: str | None) -> int:
+    """Position of the model whose label, or whose path, is `wanted`."""
     if wanted is None:
         return 0
-    tail = wanted.rstrip("/")
-    matching = [n for n, name in enumerate(names) if name in (tail, tail.rpartition("/")[2])]
-    if len(matching) != 1:
-        raise UsageError(
-            f"--target {wanted!r} names {'no' if not matching else 'more than one'} model",
-            hint=f"the models are called {', '.join(names)}",
-        )
-    return matching[0]
+    names = [source.label for source in grouping.sources]
+    tail = wanted.rstrip("/").rpartition("/")[2]
+    roots = [source.checkpoint.root.resolve() for source in grouping.sources]
+    for candidates in (
+        [n for n, name in enumerate(names) if name == wanted],
+        [n for n, root in enumerate(roots) if root == Path(wanted).resolve()],
+        [n for n, name in enumerate(names) if name == tail],
+    ):
+        if len(candidates) == 1:
+            return candidates[0]
+    raise UsageError(
+        f"--target {wanted!r} names none of the models", hint=f"they are called {', '.join(names)}"
+    )

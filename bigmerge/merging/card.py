@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from bigmerge import __version__
-from bigmerge.checkpoints.hub import is_hub_name
 from bigmerge.merging.plan import Plan, describe_exceptions
 
 _SOURCE_LINES = 64
@@ -25,7 +24,7 @@ def model_card(plan: Plan, sources: Sequence[Mapping[str, Any]]) -> str:
     front: dict[str, Any] = {"tags": ["merge", "bigmerge"]}
     if recipe.sources[recipe.target].checkpoint.config is not None:
         front["library_name"] = "transformers"
-    hub_names = [source.label for source in recipe.sources if is_hub_name(source.label)]
+    hub_names = [source.hub_name.partition("@")[0] for source in recipe.sources if source.hub_name]
     if hub_names:
         front["base_model"] = hub_names
     lines = [

@@ -29,6 +29,8 @@ def finish(plan: Plan, records: StepRecords, output: Path) -> None:
         output,
         tensors={
             entry.name: {
+                "dtype": plan.dtypes[number],
+                "shape": list(plan.layout.tensors[entry.name][1]),
                 "digest": records.output_digest(number),
                 "origin": "merged" if isinstance(entry, Merged) else f"target: {entry.reason}",
             }

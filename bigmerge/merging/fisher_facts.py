@@ -13,6 +13,11 @@ FACTS_KEY = "bigmerge.fisher"
 SUMS_KEY = "bigmerge.sums"
 
 
+def is_fisher(checkpoint: Checkpoint) -> bool:
+    """Whether the header says so."""
+    return FACTS_KEY in checkpoint.metadata
+
+
 def fisher_facts(fisher: Checkpoint) -> dict[str, Any]:
     """The facts recorded in the header; empty for a Fisher that another tool wrote.
 

@@ -17,17 +17,28 @@ _TASK_HEAD = re.compile(
     r"For\w*(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction|ObjectDetection|"
     r"Segmentation|CTC|XVector)$"
 )
+#: what heads are called beside the body, in transformers' models
+_USUAL_HEADS = frozenset(
+    ["classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "logits_proj"]
+)
 _GENERIC_LABEL = re.compile(r"LABEL_\d+")
 
 
+def architectures(checkpoint: Checkpoint) -> list[str]:
+    """The class names in config.json; empty without one, or with something else in their place."""
+    names = (checkpoint.config or {}).get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def head_tensors(checkpoint: Checkpoint) -> frozenset[str]:
-    """Names of the tensors that belong to the task head, by config.json's architecture.
+    """Names of the tensors that belong to the task head, by config.json's architecture if there is one.
 
     In transformers' models the body has one attribute name (`bert.…`, `model.…`) and holds nearly all tensors;
     what lies beside it is the head.
     """
-    architectures = (checkpoint.config or {}).get("architectures") or []
-    if not any(isinstance(name, str) and _TASK_HEAD.search(name) for name in architectures):
+    if checkpoint.config is None:  # a bare weight file: only names can tell
+        return frozenset(name for name in checkpoint.tensors if name.split(".", 1)[0] in _USUAL_HEADS)
+    if not any(_TASK_HEAD.search(name) for name in architectures(checkpoint)):
         return frozenset()
     parts = Counter(name.split(".", 1)[0] for name in checkpoint.tensors)
     body = max(parts, key=lambda part: parts[part])

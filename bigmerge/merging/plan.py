@@ -18,7 +18,7 @@ from typing import Any
 from bigmerge.checkpoints.checkpoint import TensorSpec
 from bigmerge.checkpoints.dtypes import FLOATS, byte_count, itemsize
 from bigmerge.checkpoints.layout import Layout, lay_out
-from bigmerge.errors import AlignmentError, ResourceError
+from bigmerge.errors import OutputError, ResourceError
 from bigmerge.merging.alignment import Alignment, Kept, Merged, align
 from bigmerge.merging.fisher_facts import recorded_moments
 from bigmerge.merging.recipe import Recipe
@@ -223,7 +223,8 @@ def make_plan(recipe: Recipe, out: Path, budget: Budget) -> Plan:
     """Plan the merge of `recipe` into the directory `out`.
 
     Raises:
-        AlignmentError: the inputs do not fit together, or the output would be written into an input.
+        AlignmentError: the inputs do not fit together.
+        OutputError: the output would take the place of an input.
         ResourceError: the memory budget cannot be kept or the disk is too small.
     """
     _check_apart(recipe, out)
@@ -333,15 +334,16 @@ def compute_dtype(entry: Merged) -> str:
 
 
 def _check_apart(recipe: Recipe, out: Path) -> None:
-    whole = out.resolve()
+    places = [out.resolve(), partial_path(out.absolute()).resolve()]
     inputs = [source.checkpoint for source in recipe.sources]
     inputs += [source.fisher for source in recipe.sources if source.fisher is not None]
     inputs += [recipe.base] if recipe.base is not None else []
     for checkpoint in inputs:
         for file in checkpoint.files:
-            if whole == file.resolve() or whole in file.absolute().parents or whole in file.resolve().parents:
-                raise AlignmentError(
-                    f"the output {out} contains an input of the merge: {file}",
+            above = {file.resolve(), *file.absolute().parents, *file.resolve().parents}
+            if any(place in above for place in places):
+                raise OutputError(
+                    f"{out}: writing it would replace an input of the merge, {file}",
                     hint="choose another output",
                     file=str(file),
                 )

@@ -1,30 +1,23 @@
 """From the command line's arguments to models, each with its weight and its Fisher.
 
 A directory with weights is one model. Files that share an index or a `name-00001-of-0000N` pattern are one
-model; any other weight file is one model; other files are skipped. A source whose header says that it is a
-Fisher belongs to the model with the fingerprint recorded in it, else to the one that its name points to
-(`a` and `a-fisher`, `a.fisher.safetensors` or `a/fisher`).
+model, and so is an index alone; any other weight file is one model; other files are skipped. A source whose
+header says that it is a Fisher belongs to the model with the fingerprint recorded in it, else to the one that
+its name points to (`a` and `a-fisher`, `a.fisher.safetensors` or `a/fisher`).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bigmerge.checkpoints.checkpoint import (
-    NOT_WEIGHTS,
-    WEIGHT_SUFFIXES,
-    Checkpoint,
-    check_complete,
-    open_checkpoint,
-    open_files,
-    shard_family,
-)
-from bigmerge.checkpoints.hub import download, is_hub_name
-from bigmerge.errors import AlignmentError, CheckpointError, UsageError
-from bigmerge.merging.fisher_facts import FACTS_KEY, fisher_facts
+from bigmerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from bigmerge.errors import AlignmentError, UsageError
+from bigmerge.merging.arguments import Named, has_weights, open_arguments, resolve, resolve_model
+from bigmerge.merging.fisher_facts import fisher_facts, is_fisher
 
 _FISHER_NAME = re.compile(r"(?P<model>.+)[-_.]fishers?(?P<suffix>\.\w+)?$")
 
@@ -38,6 +31,7 @@ class Source:
         weight: λ.
         fisher: its Fisher, if it has one.
         named_fisher: whether the user named the Fisher for this model (and answers for the pairing).
+        hub_name: its name on the hub, if it came from there.
     """
 
     label: str
@@ -45,6 +39,7 @@ class Source:
     weight: float = 1.0
     fisher: Checkpoint | None = None
     named_fisher: bool = False
+    hub_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,23 +65,6 @@ class Grouping:
         return "\n    ".join(lines) or "nothing"
 
 
-def resolve(name: str | Path) -> Checkpoint:
-    """Open one path or hub name.
-
-    Raises:
-        CheckpointError: it is neither, or malformed.
-    """
-    path = Path(name)
-    if not path.exists() and is_hub_name(str(name)):
-        path = download(str(name))
-    return open_checkpoint(path)
-
-
-def is_fisher(checkpoint: Checkpoint) -> bool:
-    """Whether the header says so."""
-    return FACTS_KEY in checkpoint.metadata
-
-
 def group(arguments: Sequence[str | Path]) -> Grouping:
     """Group positional arguments into models and pair Fishers with them.
 
@@ -94,87 +72,41 @@ def group(arguments: Sequence[str | Path]) -> Grouping:
         CheckpointError: an argument does not exist or is malformed.
         AlignmentError: a Fisher has no model, or a model two Fishers.
     """
-    units: list[tuple[str, Checkpoint]] = []
-    skipped: list[Path] = []
-    families: dict[tuple[Path, str], list[Path]] = {}
-    order: list[tuple[Path, str] | Path | str] = []
-    for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            order.append(path)
-        elif path.is_file():
-            if path.name.endswith(WEIGHT_SUFFIXES) and not NOT_WEIGHTS.match(path.name):
-                family = shard_family(path)
-                key = (path.parent, family[0] if family else path.name)
-                if key not in families:
-                    families[key] = []
-                    order.append(key)
-                families[key].append(path)
-            else:
-                skipped.append(path)
-        elif is_hub_name(str(argument)):
-            order.append(str(argument))
-        else:
-            raise CheckpointError(f"{argument}: no such file or directory", file=str(argument))
-
-    for unit in order:
-        if isinstance(unit, str):
-            units.append((unit, resolve(unit)))
-        elif isinstance(unit, Path):
-            if _has_weights(unit):
-                units.append((_directory_label(unit), open_checkpoint(unit)))
-            else:
-                skipped.append(unit)
-        else:
-            units.append(_open_family(*unit, families[unit]))
-
-    models = [(label, checkpoint) for label, checkpoint in units if not _looks_like_fisher(label, checkpoint)]
-    fishers = [(label, checkpoint) for label, checkpoint in units if _looks_like_fisher(label, checkpoint)]
-    # A Fisher inside its model's directory need not be named.
-    for _, checkpoint in models:
-        inside = checkpoint.root / "fisher"
-        if checkpoint.root.is_dir() and inside.is_dir() and _has_weights(inside):
-            fishers.append((f"{checkpoint.root.name}-fisher", open_checkpoint(inside)))
-    sources = [Source(label, checkpoint) for label, checkpoint in _unique_labels(models)]
-    for label, fisher in fishers:
-        owner = _owner(label, fisher, sources)
-        if sources[owner].fisher is not None:
-            other = sources[owner].fisher
-            assert other is not None
+    units, skipped = open_arguments(arguments)
+    fishers = [unit for unit in units if _looks_like_fisher(unit)]
+    models = [unit for unit in units if not _looks_like_fisher(unit)]
+    sources = _unique_labels([_source(unit) for unit in models])
+    for unit in fishers:
+        fisher = unit.checkpoint
+        owner = _owner(unit.label, fisher, sources)
+        other = sources[owner].fisher
+        if other is not None:
             raise AlignmentError(
                 f"model {sources[owner].label!r} has two Fishers: {other.root} and {fisher.root}",
                 hint="name the one you mean: --model M --fisher F",
             )
         sources[owner] = replace(sources[owner], fisher=fisher)
+    # A Fisher inside its model's directory need not be named.
+    for position, source in enumerate(sources):
+        inside = source.checkpoint.root / "fisher"
+        if (
+            source.fisher is None
+            and source.checkpoint.root.is_dir()
+            and inside.is_dir()
+            and has_weights(inside)
+        ):
+            fisher = open_checkpoint(inside)
+            _check_measured_on(source, fisher)
+            sources[position] = replace(source, fisher=fisher)
     return Grouping(tuple(sources), tuple(skipped))
 
 
-def _directory_label(directory: Path) -> str:
-    whole = directory.resolve()
-    return f"{whole.parent.name}-fisher" if whole.name in {"fisher", "fishers"} else whole.name
+def _source(unit: Named) -> Source:
+    return Source(unit.label, unit.checkpoint, hub_name=unit.hub_name)
 
 
-def _has_weights(directory: Path) -> bool:
-    return any(
-        entry.name.endswith((*WEIGHT_SUFFIXES, ".index.json")) and not NOT_WEIGHTS.match(entry.name)
-        for entry in directory.iterdir()
-    )
-
-
-def _open_family(parent: Path, name: str, files: list[Path]) -> tuple[str, Checkpoint]:
-    files = sorted(set(files))
-    check_complete(files)
-    label = Path(name).stem
-    # The weights of a whole model directory, given file by file: config and tokenizer belong to them.
-    if (parent / "config.json").is_file():
-        whole = open_checkpoint(parent)
-        if set(whole.files) == set(files):
-            return (parent.name or label, whole)
-    return label, open_files(files[0] if len(files) == 1 else parent / label, files)
-
-
-def _looks_like_fisher(label: str, checkpoint: Checkpoint) -> bool:
-    return is_fisher(checkpoint) or _FISHER_NAME.fullmatch(label) is not None
+def _looks_like_fisher(unit: Named) -> bool:
+    return is_fisher(unit.checkpoint) or _FISHER_NAME.fullmatch(unit.label) is not None
 
 
 def _owner(label: str, fisher: Checkpoint, sources: list[Source]) -> int:
@@ -191,16 +123,8 @@ def _owner(label: str, fisher: Checkpoint, sources: list[Source]) -> int:
     near = [n for n in named if sources[n].checkpoint.root.parent == fisher.root.parent]
     for candidates in (named, near):
         if len(candidates) == 1:
-            position = candidates[0]
-            if recorded and sources[position].checkpoint.fingerprint() != recorded:
-                raise AlignmentError(
-                    f"Fisher {fisher.root} was measured on other weights than {sources[position].label!r} has",
-                    hint="measure it again with `bigmerge fisher`; if it does belong to this model, say so: "
-                    "--model M --fisher F",
-                    fisher=str(fisher.root),
-                    model=sources[position].label,
-                )
-            return position
+            _check_measured_on(sources[candidates[0]], fisher)
+            return candidates[0]
     raise AlignmentError(
         f"Fisher {fisher.root} belongs to none of the models "
         f"{', '.join(repr(s.label) for s in sources) or '(none)'}",
@@ -209,16 +133,31 @@ def _owner(label: str, fisher: Checkpoint, sources: list[Source]) -> int:
     )
 
 
-def _unique_labels(units: list[tuple[str, Checkpoint]]) -> list[tuple[str, Checkpoint]]:
+def _check_measured_on(source: Source, fisher: Checkpoint) -> None:
+    recorded = fisher_facts(fisher).get("model_fingerprint")
+    if recorded and source.checkpoint.fingerprint() != recorded:
+        raise AlignmentError(
+            f"Fisher {fisher.root} was measured on other weights than {source.label!r} has",
+            hint="measure it again with `bigmerge fisher`; if it does belong to this model, say so: "
+            "--model M --fisher F",
+            fisher=str(fisher.root),
+            model=source.label,
+        )
+
+
+def _unique_labels(sources: Sequence[Source]) -> list[Source]:
     """Lengthen labels that occur twice by their parent directories."""
-    labels = [label for label, _ in units]
-    result: list[tuple[str, Checkpoint]] = []
-    for label, checkpoint in units:
+    labels = [source.label for source in sources]
+    used: set[str] = set()
+    result: list[Source] = []
+    for source in sources:
+        label = source.label
         if labels.count(label) > 1:
-            label = f"{checkpoint.root.absolute().parent.name}/{label}"
-        while label in {used for used, _ in result}:
+            label = f"{source.checkpoint.root.absolute().parent.name}/{label}"
+        while label in used:
             label += "'"
-        result.append((label, checkpoint))
+        used.add(label)
+        result.append(replace(source, label=label))
     return result
 
 
@@ -238,6 +177,10 @@ def collect(
         UsageError: the numbers do not match; shows how the arguments were grouped.
         CheckpointError, AlignmentError: see `group`.
     """
+    if isinstance(arguments, (str, Path)):
+        raise UsageError(
+            "the sources are a list of paths, not one path", hint=f"write [{str(arguments)!r}, …]"
+        )
     grouped = group(arguments)
     if fishers and len(fishers) != len(models):
         raise UsageError(
@@ -245,19 +188,14 @@ def collect(
             hint="give each --model its own --fisher, in the same order, or none at all",
         )
     named = [
-        Source(
-            str(name).rstrip("/").rpartition("/")[2],
-            resolve(name),
+        replace(
+            _source(resolve_model(name)),
             fisher=resolve(fishers[position]) if fishers else None,
             named_fisher=bool(fishers),
         )
         for position, name in enumerate(models)
     ]
-    labels = _unique_labels([(s.label, s.checkpoint) for s in (*grouped.sources, *named)])
-    sources = [
-        replace(source, label=label)
-        for source, (label, _) in zip((*grouped.sources, *named), labels, strict=True)
-    ]
+    sources = _unique_labels([*grouped.sources, *named])
     grouped = replace(grouped, sources=tuple(sources))
     if len(sources) < 2:
         raise UsageError(
@@ -269,6 +207,8 @@ def collect(
             f"{len(weights)} --weight for {len(sources)} models:\n    {grouped.describe()}",
             hint="give one --weight for each model, in this order, or none",
         )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UsageError(f"a --weight is no finite number: {', '.join(f'{w:g}' for w in weights)}")
     if weights:
         sources = [
             replace(source, weight=float(weight)) for source, weight in zip(sources, weights, strict=True)

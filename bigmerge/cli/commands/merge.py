@@ -103,7 +103,7 @@ def merge(
         raise UsageError("where should the merged model go?", hint="-o DIRECTORY")
     if out.name.endswith((".safetensors", ".bin", ".pt")):
         raise UsageError(f"{out}: the output is a directory", hint=f"-o {out.with_suffix('')}")
-    with console.sigterm_as_interrupt():
+    with console.interruptible(), console.sigterm_as_interrupt():
         if not dry_run:
             check_free(out, overwrite=overwrite)
         plan = plan_merge(

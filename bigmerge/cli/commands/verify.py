@@ -28,7 +28,8 @@ def verify(
     from bigmerge.verification import verify as run
 
     console.set_up_logging(quiet=quiet)
-    result = run(path, progress=not quiet)
+    with console.interruptible():
+        result = run(path, progress=not quiet)
     console.emit(result.as_json(), result.describe(), as_json=as_json)
     if not result.ok:
         raise typer.Exit(VerificationError.exit_code)
