@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from bigmerge.checkpoints.checkpoint import (
@@ -105,44 +106,41 @@ def open_arguments(arguments: Sequence[str | Path]) -> tuple[list[Named], list[P
     """
     skipped: list[Path] = []
     indexes = _Indexes()
-    # The files of a family are gathered; everything else opens at its place. Keys are only for finding it.
-    families: dict[Path, list[Path]] = {}
-    order: list[tuple[str | Path, bool]] = []
+    families: dict[Path, list[Path]] = {}  # grows while the arguments are looked at, before anything opens
+    opening: list[Callable[[], Named]] = []
     for argument in arguments:
         path = Path(argument)
-        if path.is_dir():
+        if not _exists(path):
+            opening.append(partial(_open_elsewhere, argument))
+        elif path.is_dir():
             if has_weights(path):
-                order.append((path, False))
+                opening.append(partial(_open_directory, path))
             else:
                 skipped.append(path)
                 log.warning("%s: skipped, it holds no weights", path)
-        elif path.is_file():
-            is_index = path.name.endswith(tuple(suffix + _INDEX_SUFFIX for suffix in WEIGHT_SUFFIXES))
-            if is_index or (path.name.endswith(WEIGHT_SUFFIXES) and not NOT_WEIGHTS.match(path.name)):
-                family = shard_family(path)
-                key = (
-                    path
-                    if is_index
-                    else indexes.of(path) or path.parent / (family[0] if family else path.name)
-                )
-                if key not in families:
-                    families[key] = []
-                    order.append((key, True))
-                families[key].append(path)
-            else:
-                skipped.append(path)
+        elif _is_index(path) or (path.name.endswith(WEIGHT_SUFFIXES) and not NOT_WEIGHTS.match(path.name)):
+            family = shard_family(path)
+            named_like = path.parent / (family[0] if family else path.name)
+            key = path if _is_index(path) else indexes.of(path) or named_like
+            if key not in families:
+                families[key] = []
+                opening.append(partial(_open_family, key, families[key]))
+            families[key].append(path)
         else:
-            order.append((argument, False))
-    units: list[Named] = []
-    for item, is_family in order:
-        if is_family:
-            units.append(_open_family(Path(item), sorted(set(families[Path(item)]))))
-        elif isinstance(item, Path) and item.is_dir():
-            units.append(Named(_directory_label(item), open_checkpoint(item)))
-        else:
-            checkpoint = resolve(item)
-            units.append(Named(str(item), checkpoint, hub_name=str(item)))
-    return units, skipped
+            skipped.append(path)
+    return [open_one() for open_one in opening], skipped
+
+
+def _is_index(path: Path) -> bool:
+    return path.name.endswith(tuple(suffix + _INDEX_SUFFIX for suffix in WEIGHT_SUFFIXES))
+
+
+def _open_elsewhere(name: str | Path) -> Named:
+    return Named(str(name), resolve(name), hub_name=str(name))
+
+
+def _open_directory(directory: Path) -> Named:
+    return Named(_directory_label(directory), open_checkpoint(directory))
 
 
 class _Indexes:
@@ -185,6 +183,7 @@ def has_weights(directory: Path) -> bool:
 
 def _open_family(key: Path, given: list[Path]) -> Named:
     """The model made of the files `given`, all of which belong to the index or the family name `key`."""
+    given = sorted(set(given))
     parent, label = key.parent, _stem(key.name)
     if key.name.endswith(_INDEX_SUFFIX):
         checkpoint = replace(open_checkpoint(key), root=key)

@@ -9,6 +9,7 @@ its name points to (`a` and `a-fisher`, `a.fisher.safetensors` or `a/fisher`).
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -153,7 +154,7 @@ def _unique_labels(sources: Sequence[Source]) -> list[Source]:
     for source in sources:
         label = source.label
         if labels.count(label) > 1:
-            label = f"{source.checkpoint.root.absolute().parent.name}/{label}"
+            label = f"{Path(os.path.abspath(source.checkpoint.root)).parent.name}/{label}"
         while label in used:
             label += "'"
         used.add(label)
