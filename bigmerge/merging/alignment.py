@@ -147,7 +147,8 @@ def align(
         present = [found for found in specs if found is not None]
         reason = selection.left_out(name)
         if reason is None and name in heads:
-            reason = "task head (--merge-heads merges it)"
+            reason, _ = _obstacle(name, spec, specs, (), sources, strict=False)
+            reason = reason or "task head (--merge-heads merges it)"
             if selection.strict:
                 problems.append(f"{name}: {reason}")
                 continue
