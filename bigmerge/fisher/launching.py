@@ -132,16 +132,13 @@ def _run(directory: Path, count: int) -> None:
 def _explain(directory: Path, failure: BaseException) -> BigmergeError:
     """The one error to report for a failed launch."""
     told = [read_error(path) for path in sorted(directory.glob("rank-*.error"))]
-    # Processes that were stopped because another failed say that they were interrupted.
-    for error in sorted(told, key=lambda error: isinstance(error, Interrupted)):
-        return error
-    if type(failure).__name__ == "SignalException" or isinstance(failure, KeyboardInterrupt):
-        return Interrupted("interrupted; the same command goes on from the last saved state")
-    failures = getattr(failure, "failures", None)
-    if failures:
-        rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
-        if first.exitcode < 0:
-            number = signal.Signals(-first.exitcode)
+    for error in told:
+        if not isinstance(error, Interrupted):
+            return error
+    failures = getattr(failure, "failures", {})
+    for rank, ended in failures.items():
+        if ended.exitcode < 0 and ended.exitcode != -signal.SIGTERM:  # which the launcher sends to the rest
+            number = signal.Signals(-ended.exitcode)
             return EstimationError(
                 f"process {rank} was killed ({number.name})",
                 hint="often memory has run out: use fewer processes, a smaller --memory or --batch-size; the "
@@ -149,8 +146,14 @@ def _explain(directory: Path, failure: BaseException) -> BigmergeError:
                 rank=rank,
                 signal=number.name,
             )
+    # Of itself, or because the launcher was told to stop, or another process ended.
+    if told:
+        return told[0]
+    if type(failure).__name__ == "SignalException" or isinstance(failure, KeyboardInterrupt):
+        return Interrupted("interrupted; the same command goes on from the last saved state")
+    for rank, ended in failures.items():
         return EstimationError(
-            f"process {rank} ended with exit code {first.exitcode}; what it wrote is above", rank=rank
+            f"process {rank} ended with exit code {ended.exitcode}; what it wrote is above", rank=rank
         )
     return EstimationError(f"the processes could not be started ({type(failure).__name__}: {failure})")
 

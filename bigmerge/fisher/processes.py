@@ -124,6 +124,15 @@ class Group:
         if self.world > 1:
             torch.distributed.reduce(tensor, dst=0, op=torch.distributed.ReduceOp.SUM)
 
+    def settle(self) -> None:
+        """Wait for all processes after the last exchange.
+
+        Gloo's threads let go of an exchange's Python objects some time after it; a process that ends just then
+        is aborted. A barrier has no such objects, and by its end those of what came before are gone.
+        """
+        if self.world > 1:
+            torch.distributed.barrier()
+
     def close(self) -> None:
         """Leave the group."""
         if self._leave is not None:

@@ -53,7 +53,9 @@ def run(settings: FisherSettings, *, watch_parent: bool = False) -> dict[str, An
     group = Group(cpu=settings.processes.cpu)
     try:
         with contextlib.ExitStack() as held:
-            return _Run(settings, group, held, watch_parent).result()
+            result = _Run(settings, group, held, watch_parent).result()
+        group.settle()
+        return result
     finally:
         group.close()
 

@@ -25,7 +25,7 @@ def models(tmp_path_factory):
     save_bert(root / "bert")
     save_llama(root / "llama")
     save_csv(root / "data.csv", rows(31))
-    save_csv(root / "many.csv", rows(3000))
+    save_csv(root / "many.csv", rows(800))
     return root
 
 
@@ -155,7 +155,7 @@ def test_launched_processes_join(models, tmp_path, launcher):
 
 def start(models, out, processes, *options):
     arguments = command(models, "bert", out, "--num-processes", str(processes), *options, data="many.csv")
-    fixed = ["--save-every", "0", "--per-example", "loop", "--num-examples", "3000", "--quiet"]
+    fixed = ["--save-every", "0", "--per-example", "loop", "--num-examples", "800", "--quiet"]
     return [*arguments, *fixed]
 
 
@@ -229,8 +229,8 @@ def test_signals_reach_every_process_and_the_run_goes_on(models, tmp_path, whole
     assert "Traceback" not in stderr
     assert not out.exists()
     result = complete(start(models, out, 2))
-    assert 0 < result["resumed_examples"] < 3000
-    assert result["examples"] == 3000
+    assert 0 < result["resumed_examples"] < 800
+    assert result["examples"] == 800
     name = "model.safetensors"
     assert (out / name).read_bytes() == (whole(2) / name).read_bytes()
 
@@ -242,7 +242,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_with_another_number(models,
     assert code == 8
     assert "was killed (SIGKILL)" in stderr
     result = complete(start(models, out, 1))
-    assert 0 < result["resumed_examples"] < 3000
+    assert 0 < result["resumed_examples"] < 800
     assert_same(whole(2), out)
 
 

@@ -178,6 +178,8 @@ def test_the_first_real_error_is_reported(tmp_path):
     assert type(launching._explain(tmp_path, launch_failure(130, 3))) is DatasetError
     (tmp_path / "rank-1.error").unlink()
     assert type(launching._explain(tmp_path, SignalException())) is Interrupted
+    killed = launching._explain(tmp_path, launch_failure(130, -signal.SIGKILL))
+    assert "process 1 was killed" in killed.message  # and process 0 stopped because of that
 
 
 def test_a_process_that_left_no_word(tmp_path):
