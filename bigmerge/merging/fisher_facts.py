@@ -42,7 +42,7 @@ def recorded_moments(fisher: Checkpoint) -> dict[str, Moments]:
             if (
                 not isinstance(pair, list)
                 or len(pair) != 2
-                or not all(isinstance(value, (int, float)) and 0 <= value < float("inf") for value in pair)
+                or not all(type(value) in (int, float) and 0 <= value < float("inf") for value in pair)
             ):
                 raise CheckpointError(
                     f"{fisher.root}: the sums recorded for {name!r} are {pair!r}, not two numbers",
