@@ -122,10 +122,18 @@ def estimate(settings: FisherSettings, *, dry_run: bool = False) -> dict[str, An
     from bigmerge.fisher.processes import joined_world_size
     from bigmerge.fisher.run import describe, run
 
+    directory = local_directory(settings.model)
+    out = settings.out.resolve()
+    if out == directory.resolve() or out in directory.resolve().parents:
+        raise UsageError(
+            f"{settings.out}: is where the model itself lies",
+            hint=f"choose another output, such as {default_output(str(directory))}",
+            out=str(settings.out),
+        )
     joined = joined_world_size()
     if joined > 1:
         return describe(settings, joined) if dry_run else run(settings)
-    weights = open_checkpoint(local_directory(settings.model))
+    weights = open_checkpoint(directory)
     elements = sum(spec.numel for spec in weights.tensors.values())
     count, cpu = count_processes(settings.processes, weights.nbytes + 4 * elements + settings.memory)
     if dry_run:

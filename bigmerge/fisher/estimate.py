@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from bigmerge.errors import BigmergeError, Interrupted, OutputError, ResourceError
+from bigmerge.errors import BigmergeError, Interrupted, OutputError
 from bigmerge.fisher.batch import Batch
 from bigmerge.fisher.data import Rows
 from bigmerge.fisher.engines.base import Engine
 from bigmerge.fisher.interruption import StopRequest
-from bigmerge.fisher.processes import Notices
+from bigmerge.fisher.processes import Notices, device_memory
 from bigmerge.fisher.state import Progress, SavedState
 from bigmerge.fisher.tasks.base import Task
 
@@ -103,12 +103,6 @@ def add_examples(
 
 def _add(engine: Engine, examples: Examples, ids: Sequence[int]) -> int:
     batch = examples.batch(ids)
-    try:
+    shape = "×".join(map(str, batch.targets.shape))
+    with device_memory(f"a batch of {shape} labels beside the model and its sums"):
         return engine.add(batch)
-    except torch.OutOfMemoryError as error:
-        shape = "×".join(map(str, batch.inputs["input_ids"].shape))
-        raise ResourceError(
-            f"the device's memory does not hold a batch of {shape} tokens",
-            hint="use a smaller --batch-size, --memory or --max-length",
-            ids=list(batch.ids),
-        ) from error

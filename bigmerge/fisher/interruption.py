@@ -14,13 +14,16 @@ class StopRequest:
 
     A launched process also stops when its launcher has died, which cannot tell it any more.
 
+    Args:
+        parent: id of the launcher; None: there is none to watch.
+
     Attributes:
         asked: whether to stop at the next good moment.
     """
 
-    def __init__(self, *, watch_parent: bool = False) -> None:
+    def __init__(self, *, parent: int | None = None) -> None:
         self._asked = False
-        self._parent = os.getppid() if watch_parent else None
+        self._parent = parent
         self._previous: dict[int, Any] = {}
 
     @property

@@ -171,8 +171,9 @@ def _environment(*, cpu: bool) -> Iterator[None]:
     os.environ.update({"ACCELERATE_USE_CPU": str(cpu).lower(), "TOKENIZERS_PARALLELISM": "false"})
     try:
         yield
-    finally:
-        os.environ.clear()
+    finally:  # the launcher sets more
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
         os.environ.update(before)
 
 

@@ -14,6 +14,7 @@ import torch
 from bigmerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from bigmerge.checkpoints.hub import download, is_hub_name
 from bigmerge.errors import BigmergeError, CheckpointError, InputError, UsageError
+from bigmerge.fisher.processes import device_memory
 from bigmerge.fisher.tasks.base import TASKS, Task
 
 logger = logging.getLogger("bigmerge.fisher")
@@ -36,6 +37,11 @@ class Subject:
     config: Any
     tokenizer: Any
     task: type[Task]
+
+    @property
+    def short_name(self) -> str:
+        """The name to record: of a directory without the way there, of the hub in full."""
+        return self.name if not Path(self.name).expanduser().exists() else self.checkpoint.root.resolve().name
 
 
 def local_directory(model: str) -> Path:
@@ -128,6 +134,7 @@ def load_model(subject: Subject, device: torch.device) -> torch.nn.Module:
     Raises:
         CheckpointError: the checkpoint lacks parameters (such as the head) or has others of another shape.
         InputError: transformers cannot load it.
+        ResourceError: the device's memory does not hold it.
     """
     import transformers
 
@@ -152,7 +159,8 @@ def load_model(subject: Subject, device: torch.device) -> torch.nn.Module:
             _some(unused),
         )
     model.config.use_cache = False
-    model.to(device)
+    with device_memory("the model"):
+        model.to(device)
     model.eval()
     assert isinstance(model, torch.nn.Module)
     return model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ class Prepared:
         return {
             "command": "fisher",
             "model": {
-                "name": Path(settings.model).name,
+                "name": self.subject.short_name,
                 "fingerprint": self.subject.checkpoint.fingerprint(),
             },
             "task": self.task.name,
@@ -58,7 +57,7 @@ class Prepared:
             "draws": self.labels.draws,
             "engine": engine,
             "dataset": {
-                "name": Path(settings.data.dataset).name,
+                "name": settings.data.short_name,
                 "subset": settings.data.subset,
                 "split": settings.data.split,
                 "columns": list(self.columns),

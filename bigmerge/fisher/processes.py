@@ -7,10 +7,10 @@ remains is agreeing on errors, so that one message ends all of them, and one red
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 import torch
 
 from bigmerge import errors
-from bigmerge.errors import BigmergeError, EstimationError
+from bigmerge.errors import BigmergeError, ResourceError
 
 T = TypeVar("T")
-logger = logging.getLogger("bigmerge.fisher")
 
 #: nothing between two collectives takes longer, except the examples themselves, for which `Notices` wait
 _PATIENCE = timedelta(hours=2)
@@ -91,8 +90,6 @@ class Group:
         except Exception as error:
             failure = error
         if self.world > 1:
-            if failure is not None and not isinstance(failure, BigmergeError):
-                logger.error("process %d failed", self.rank, exc_info=failure)
             told = self.gather(None if failure is None else describe_error(failure))
             for rank, described in enumerate(told):
                 if described is not None and rank != self.rank:
@@ -121,7 +118,7 @@ class Group:
 
     def sum_to_main(self, tensor: torch.Tensor) -> None:
         """Add up `tensor` over all processes, in place on the main one; elsewhere it is spent."""
-        if self.world > 1:
+        if self.world > 1 and tensor.numel():
             torch.distributed.reduce(tensor, dst=0, op=torch.distributed.ReduceOp.SUM)
 
     def settle(self) -> None:
@@ -192,12 +189,26 @@ class Notices:
         return self._directory / f"rank-{rank}.{kind}"
 
 
+@contextmanager
+def device_memory(what: str) -> Iterator[None]:
+    """Within the block, too little memory on the device is one clear error about `what`.
+
+    Raises:
+        ResourceError: there is too little.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"the device's memory does not hold {what}",
+            hint="use a smaller --batch-size, --memory or --max-length, or --cpu",
+        ) from error
+
+
 def describe_error(error: BaseException) -> dict[str, Any]:
     """`error` as plain values."""
     if isinstance(error, BigmergeError):
         return error.as_json()
-    if isinstance(error, torch.OutOfMemoryError):
-        error = EstimationError(str(error).splitlines()[0])
     return {"error": "BigmergeError", "message": f"{type(error).__name__}: {error}", "hint": None, "data": {}}
 
 

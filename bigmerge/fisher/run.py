@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bigmerge import __version__
@@ -27,22 +28,22 @@ from bigmerge.fisher.prepare import (
     measure,
     prepare,
 )
-from bigmerge.fisher.processes import Group, Notices
+from bigmerge.fisher.processes import Group, Notices, device_memory
 from bigmerge.fisher.self_check import self_check
 from bigmerge.fisher.settings import FisherSettings
 from bigmerge.fisher.state import Progress, SavedState
 from bigmerge.progress import progress_bar
-from bigmerge.quantities import format_bytes, format_seconds
+from bigmerge.quantities import format_bytes
 from bigmerge.storage.staging import Staging, check_free
 
 logger = logging.getLogger("bigmerge.fisher")
 
 
-def run(settings: FisherSettings, *, watch_parent: bool = False) -> dict[str, Any]:
+def run(settings: FisherSettings, *, parent: int | None = None) -> dict[str, Any]:
     """Estimate a Fisher as one process of however many there are (see `Group`) and write it.
 
     Args:
-        watch_parent: stop, saving the state, when the parent process dies.
+        parent: id of the launching process; when it dies, stop and save the state. None: there is none.
 
     Returns:
         On the main process what was done, as plain values; on the others an empty dictionary.
@@ -53,7 +54,7 @@ def run(settings: FisherSettings, *, watch_parent: bool = False) -> dict[str, An
     group = Group(cpu=settings.processes.cpu)
     try:
         with contextlib.ExitStack() as held:
-            result = _Run(settings, group, held, watch_parent).result()
+            result = _Run(settings, group, held, parent).result()
         group.settle()
         return result
     finally:
@@ -68,6 +69,15 @@ def describe(settings: FisherSettings, processes: int) -> dict[str, Any]:
     """
     check_free(settings.out, overwrite=settings.overwrite)
     group = Group(cpu=settings.processes.cpu)
+    try:
+        described = _describe(settings, group, processes)
+        group.settle()
+        return described
+    finally:
+        group.close()
+
+
+def _describe(settings: FisherSettings, group: Group, processes: int) -> dict[str, Any]:
     prepared = prepare(settings, group)
     measured = measure(prepared, prepared.rows.ids)
     lengths = measured.lengths
@@ -94,13 +104,13 @@ class _Run:
     """The steps of `run`, with what they share."""
 
     def __init__(
-        self, settings: FisherSettings, group: Group, held: contextlib.ExitStack, watch_parent: bool
+        self, settings: FisherSettings, group: Group, held: contextlib.ExitStack, parent: int | None
     ) -> None:
         self.settings = settings
         self.group = group
         self.held = held
         self.started = time.monotonic()
-        self.watch_parent = watch_parent
+        self.parent = parent
 
     def result(self) -> dict[str, Any]:
         settings, group = self.settings, self.group
@@ -123,9 +133,7 @@ class _Run:
         fingerprint = group.from_main(prepared.rows.fingerprint)
         staging, scratch = self._stage(prepared, name, fingerprint)
         group.together(lambda: self._self_check(prepared, name, examples, lengths))
-        engine = ENGINES.get(name)(
-            prepared.model, prepared.labels, prepared.task.score, memory=settings.memory
-        )
+        engine = group.together(lambda: self._engine(prepared, name))
         self.held.callback(engine.close)
         progress, resumed = self._estimate(prepared, engine, examples, lengths, scratch, total)
         engine.close()
@@ -138,7 +146,7 @@ class _Run:
             "format": 1,
             "kind": "diagonal",
             "model_fingerprint": prepared.subject.checkpoint.fingerprint(),
-            "model_name": Path(settings.model).name,
+            "model_name": prepared.subject.short_name,
             "task": prepared.task.name,
             "labels": prepared.labels.name,
             "draws": prepared.labels.draws,
@@ -148,7 +156,7 @@ class _Run:
             "tokens": tokens,
             "skipped": skipped,
             "dataset": {
-                "name": Path(settings.data.dataset).name,
+                "name": settings.data.short_name,
                 "split": settings.data.split,
                 "columns": list(prepared.columns),
                 "fingerprint": fingerprint,
@@ -208,19 +216,26 @@ class _Run:
         group.together(reachable)
         return (kept[0] if kept else None), scratch
 
+    def _engine(self, prepared: Prepared, name: str) -> Engine:
+        with device_memory("the model's sums"):
+            return ENGINES.get(name)(
+                prepared.model, prepared.labels, prepared.task.score, memory=self.settings.memory
+            )
+
     def _self_check(
         self, prepared: Prepared, engine: str, examples: Examples, lengths: dict[int, int]
     ) -> None:
         shortest = _shortest(lengths, 2)
         if shortest and self.group.is_main:
-            self_check(
-                ENGINES.get(engine),
-                prepared.model,
-                prepared.labels,
-                prepared.task.score,
-                examples.batch(shortest),
-                memory=self.settings.memory,
-            )
+            with device_memory("two examples beside the model and its sums"):
+                self_check(
+                    ENGINES.get(engine),
+                    prepared.model,
+                    prepared.labels,
+                    prepared.task.score,
+                    examples.batch(shortest),
+                    memory=self.settings.memory,
+                )
 
     def _estimate(
         self,
@@ -245,11 +260,7 @@ class _Run:
         if carried:
             # Rows keep their place: what remains of all rows is divided anew among the processes there are now.
             remaining = [row for row in prepared.rows.ids.tolist() if row not in carried]
-            mine = prepared.rows.ids[:0]
-            if remaining:
-                import numpy as np
-
-                mine = np.asarray(remaining, dtype=np.int64)[group.rank :: group.world]
+            mine = np.asarray(remaining, dtype=np.int64)[group.rank :: group.world]
             lengths = group.together(lambda: measure(prepared, mine)).lengths
         resumed = len(carried) + sum(group.gather(len(progress.finished)))
         if resumed:
@@ -259,7 +270,7 @@ class _Run:
         bar = _WholeBar(
             total, resumed, len(lengths) - len(progress.finished), settings.progress and group.is_main
         )
-        with StopRequest(watch_parent=self.watch_parent) as stop, contextlib.closing(bar):
+        with StopRequest(parent=self.parent) as stop, contextlib.closing(bar):
             add_examples(
                 engine,
                 examples,
@@ -373,29 +384,3 @@ def _model_bytes(model: torch.nn.Module) -> int:
 def _size_of(directory: Path) -> int:
     """Bytes that an earlier run's files take, which this run will replace."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
-def text_of(result: dict[str, Any]) -> str:
-    """A result of `run` or `describe` for people."""
-    lines = [
-        f"{result['model']} on {result['dataset']} ({', '.join(result['columns'])})",
-        f"  task      {result['task']}",
-        f"  labels    {result['labels']}"
-        + (f", {result['draws']} draws" if result["labels"] == "sampled" else ""),
-        f"  engine    {result['engine']}, {result['processes']} process(es) on {result['device']}",
-        f"  examples  {result['examples']} ({result['tokens']} positions scored)",
-    ]
-    if result["skipped"]:
-        lines.append(f"  left out  {result['skipped']} rows with nothing to score")
-    if result["dry_run"]:
-        lines += [
-            f"  memory    {format_bytes(result['bytes_per_process'])} in each process",
-            f"  output    {format_bytes(result['output_bytes'])} in {result['output']} (nothing written yet)",
-        ]
-    else:
-        lines += [
-            f"  trace     {result['fisher']['sum']:.6g} over {result['parameters']} parameters",
-            f"  time      {format_seconds(result['seconds'])}",
-            f"  written   {result['output']}",
-        ]
-    return "\n".join(lines)

@@ -35,6 +35,12 @@ class DataSettings:
     seed: int = 0
     shuffle: bool = True
 
+    @property
+    def short_name(self) -> str:
+        """The name to record: of a file or directory without the way there, of the hub in full."""
+        path = Path(self.dataset).expanduser()
+        return path.resolve().name if path.exists() else self.dataset
+
 
 @dataclass(frozen=True)
 class ProcessSettings:

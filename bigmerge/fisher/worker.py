@@ -21,13 +21,14 @@ logger = logging.getLogger("bigmerge.fisher")
 
 def main(directory: Path) -> int:
     """Run the settings in `directory`, leave the result or the error there, and return the exit code."""
+    parent = os.getppid()
     rank = joined_rank()
     settings = FisherSettings.from_json(json.loads((directory / SETTINGS_FILE).read_text(encoding="utf-8")))
     set_up_logging(quiet=rank != 0 or not settings.progress)
     error_file = directory / f"rank-{rank}.error"
     try:
         with sigterm_as_interrupt():
-            result = run(settings, watch_parent=True)
+            result = run(settings, parent=parent)
     except BigmergeError as error:
         write_error(error_file, error)
         return error.exit_code

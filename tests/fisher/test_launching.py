@@ -71,6 +71,7 @@ def test_two_processes_give_what_one_gives(models, tmp_path):
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_an_error_in_every_process_is_one_error(models, tmp_path):
     done = run(models, "bert", tmp_path / "two", "--text-column", "body", "--num-processes", "2")
     assert done.returncode == 3

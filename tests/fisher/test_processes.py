@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import signal
 import threading
@@ -225,7 +226,7 @@ def test_other_threads_leave_signals_alone():
 
 
 def test_a_dead_parent_asks_too(monkeypatch):
-    with StopRequest(watch_parent=True) as stop:
+    with StopRequest(parent=os.getppid()) as stop:
         assert not stop.asked
         monkeypatch.setattr("bigmerge.fisher.interruption.os.getppid", lambda: 1)
         assert stop.asked

@@ -397,6 +397,13 @@ def test_an_existing_output_is_left_alone_unless_told(models, tmp_path):
     assert not (tmp_path / "f.partial").exists()
 
 
+def test_the_model_itself_is_never_replaced(models, tmp_path):
+    shutil.copytree(models / "bert", tmp_path / "a" / "bert")
+    for out in (tmp_path / "a" / "bert", tmp_path / "a", tmp_path / "a" / "bert" / ".." / "bert"):
+        with pytest.raises(UsageError, match="where the model itself lies"):
+            estimate(models, tmp_path / "a" / "bert", out, overwrite=True)
+
+
 def interrupt_after(monkeypatch, engine, batches: int, number=signal.SIGTERM) -> None:
     """Send this process a signal in the middle of the given batch, once."""
     original = engine.add

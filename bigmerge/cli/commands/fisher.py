@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from bigmerge.cli import console
 from bigmerge.errors import BigmergeError, Interrupted
+from bigmerge.quantities import format_bytes, format_seconds
 
 _DATA = "Data"
 _ESTIMATE = "Estimate"
@@ -200,9 +201,7 @@ def fisher(
         error = raised
     else:
         if is_main:
-            from bigmerge.fisher.run import text_of
-
-            console.emit(result, text_of(result), as_json=as_json)
+            console.emit(result, _text(result), as_json=as_json)
         return
     if is_main:
         raise error
@@ -210,3 +209,29 @@ def fisher(
     # a moment to, before the launcher notices that another has ended and stops it.
     time.sleep(2)
     raise typer.Exit(error.exit_code)
+
+
+def _text(result: dict[str, Any]) -> str:
+    """What was done, or would be, for people."""
+    lines = [
+        f"{result['model']} on {result['dataset']} ({', '.join(result['columns'])})",
+        f"  task      {result['task']}",
+        f"  labels    {result['labels']}"
+        + (f", {result['draws']} draws" if result["labels"] == "sampled" else ""),
+        f"  engine    {result['engine']}, {result['processes']} process(es) on {result['device']}",
+        f"  examples  {result['examples']} ({result['tokens']} positions scored)",
+    ]
+    if result["skipped"]:
+        lines.append(f"  left out  {result['skipped']} rows with nothing to score")
+    if result["dry_run"]:
+        lines += [
+            f"  memory    {format_bytes(result['bytes_per_process'])} in each process",
+            f"  output    {format_bytes(result['output_bytes'])} in {result['output']} (nothing written yet)",
+        ]
+    else:
+        lines += [
+            f"  trace     {result['fisher']['sum']:.6g} over {result['parameters']} parameters",
+            f"  time      {format_seconds(result['seconds'])}",
+            f"  written   {result['output']}",
+        ]
+    return "\n".join(lines)
