@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -14,8 +15,13 @@ from bigmerge.methods.base import METHODS, parameters_of
 
 def register(app: typer.Typer) -> None:
     """Add the command, with an option for every parameter of every merge method."""
-    merge.__signature__ = _with_method_options(inspect.signature(merge, eval_str=True))  # type: ignore[attr-defined]
-    app.command("merge")(merge)
+
+    @functools.wraps(merge)
+    def command(**arguments: Any) -> None:
+        merge(**arguments)
+
+    command.__signature__ = _with_method_options(inspect.signature(merge, eval_str=True))  # type: ignore[attr-defined]
+    app.command("merge")(command)
 
 
 def merge(
