@@ -81,10 +81,14 @@ def _train(model: Any, data: models.Encoded, task: Task, training: Training) -> 
     """Train all weights; the loss of every step (mean cross-entropy over the batch, nats)."""
     shuffle = random.Random(training.seed)
     torch.manual_seed(training.seed)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not any(part in name.split(".") for part in training.frozen))
     steps = task.epochs * -(-len(data) // training.batch_size)
-    head = [p for name, p in model.named_parameters() if not name.startswith(model.base_model_prefix)]
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    body = [weight for name, weight in trained if name.startswith(model.base_model_prefix)]
+    head = [weight for name, weight in trained if not name.startswith(model.base_model_prefix)]
     groups = [
-        {"params": list(model.base_model.parameters()), "lr": training.body_lr},
+        {"params": body, "lr": training.body_lr},
         {"params": head, "lr": training.head_lr},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=True)

@@ -72,7 +72,14 @@ TASKS: tuple[Task, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How every parent is fine-tuned: AdamW, linear warm-up, linear decay to zero."""
+    """How every parent is fine-tuned: AdamW, linear warm-up, linear decay to zero.
+
+    Modules named in `frozen` keep their pre-trained weights. The pooler is one because sentence embeddings of
+    this model never used it: trained from scratch, so to speak, in a few hundred steps, it ends up with Fishers of
+    very different size relative to the other layers (seven times as large for bbc as for rt), and then equal traces
+    over the whole model let bbc overrule the other tasks. Measured on the validation texts, mean accuracy: pooler
+    trained, plain average 83.5, Fisher 79.9, Fisher with equal traces per tensor 85.8; frozen, 83.6, 85.2, 85.4.
+    """
 
     seed: int = 0
     batch_size: int = 16
@@ -81,6 +88,7 @@ class Training:
     weight_decay: float = 0.01
     warmup: float = 0.1
     max_grad_norm: float = 1.0
+    frozen: tuple[str, ...] = ("pooler",)
     dropout: float = 0.0  # two short epochs do not overfit, and drawing masks costs a fifth of the time
 
 
