@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigmerge.checkpoints.arguments import resolve
 from bigmerge.checkpoints.checkpoint import Checkpoint, natural_key
-from bigmerge.merging.arguments import resolve
-from bigmerge.merging.fisher_facts import fisher_facts, is_fisher, recorded_moments
+from bigmerge.checkpoints.fisher_facts import Moments, fisher_facts, is_fisher, recorded_moments
 from bigmerge.merging.heads import architectures
-from bigmerge.methods.base import Moments
 from bigmerge.quantities import format_bytes
 
 _LAYER = re.compile(r"^(.*?\.\d+)\.")

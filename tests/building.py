@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants
 
 from bigmerge.checkpoints.checkpoint import open_checkpoint
-from bigmerge.merging.fisher_facts import FACTS_KEY, SUMS_KEY
+from bigmerge.checkpoints.fisher_facts import FACTS_KEY, SUMS_KEY
 from tests.conftest import Tensors, write_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from bigmerge.checkpoints.checkpoint import open_checkpoint
 from bigmerge.checkpoints.dtypes import dtype_name
+from bigmerge.checkpoints.fisher_facts import FACTS_KEY, SUMS_KEY
 from bigmerge.checkpoints.layout import Layout, lay_out
 from bigmerge.errors import EstimationError
 from bigmerge.fisher.names import CheckpointNames
 from bigmerge.fisher.state import tensor_bytes
-from bigmerge.merging.fisher_facts import FACTS_KEY, SUMS_KEY
+from bigmerge.storage.digests import digest_stored_tensor
+from bigmerge.storage.manifest import write_manifest
 from bigmerge.storage.writing import CheckpointWriter, write_json
 
 #: the same facts as in the headers, for people
@@ -111,6 +114,16 @@ def write_fisher(
                 writer.write(name, start * value.element_size(), tensor_bytes(flat[start:stop]))
         writer.sync()
     write_json(directory / INFO_FILE, recorded)
+    stored = open_checkpoint(directory).tensors.values()
+    write_manifest(
+        directory,
+        tensors={
+            spec.name: {"digest": digest_stored_tensor(spec.path, spec.start, spec.dtype, spec.numel)}
+            for spec in stored
+        },
+        companions=[INFO_FILE],
+        facts={"kind": "fisher"},
+    )
     return recorded
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from bigmerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from bigmerge.checkpoints.dtypes import FLOATS, INTEGERS
+from bigmerge.checkpoints.fisher_facts import fisher_facts
 from bigmerge.errors import AlignmentError, CheckpointError, UsageError
 from bigmerge.merging.comparison import same_content, tied_names
-from bigmerge.merging.fisher_facts import fisher_facts
 from bigmerge.merging.heads import head_tensors, same_labels
 from bigmerge.merging.sources import Source
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigmerge.checkpoints.arguments import resolve_model
 from bigmerge.checkpoints.dtypes import FLOATS, dtype_name
 from bigmerge.errors import UsageError
 from bigmerge.merging.alignment import Selection
-from bigmerge.merging.arguments import resolve_model
 from bigmerge.merging.plan import DEFAULT_MEMORY, Budget, Plan, describe_exceptions, make_plan
 from bigmerge.merging.recipe import DEFAULT_SHARD_BYTES, Recipe
 from bigmerge.merging.sources import Grouping, collect

@@ -16,6 +16,7 @@ import torch
 import xxhash
 
 from bigmerge.checkpoints.dtypes import byte_count, torch_dtype
+from bigmerge.checkpoints.fisher_facts import Moments
 from bigmerge.errors import Interrupted
 from bigmerge.merging.alignment import Merged
 from bigmerge.merging.measure import measure_moments
@@ -24,7 +25,6 @@ from bigmerge.merging.records import StepRecords
 from bigmerge.merging.resuming import replay
 from bigmerge.merging.values import as_bytes, check_block, convert
 from bigmerge.merging.windows import BlockView, Scratch, Window
-from bigmerge.methods.base import Moments
 from bigmerge.progress import progress_bar
 from bigmerge.storage.journal import Entry, Journal
 from bigmerge.storage.mapping import Mappings

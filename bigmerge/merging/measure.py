@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from bigmerge.checkpoints.checkpoint import TensorSpec, read_json_object
+from bigmerge.checkpoints.fisher_facts import Moments
 from bigmerge.merging.plan import BLOCK, Plan
 from bigmerge.merging.windows import Window
-from bigmerge.methods.base import Moments
 from bigmerge.progress import progress_bar
 from bigmerge.storage.mapping import Mappings
 from bigmerge.storage.writing import write_json

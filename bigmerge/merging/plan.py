@@ -17,12 +17,11 @@ from typing import Any
 
 from bigmerge.checkpoints.checkpoint import TensorSpec
 from bigmerge.checkpoints.dtypes import FLOATS, byte_count, itemsize
+from bigmerge.checkpoints.fisher_facts import Moments, recorded_moments
 from bigmerge.checkpoints.layout import Layout, lay_out
 from bigmerge.errors import OutputError, ResourceError
 from bigmerge.merging.alignment import Alignment, Kept, Merged, align
-from bigmerge.merging.fisher_facts import recorded_moments
 from bigmerge.merging.recipe import Recipe
-from bigmerge.methods.base import Moments
 from bigmerge.quantities import format_bytes, format_seconds
 from bigmerge.storage.digests import PIECE
 from bigmerge.storage.mapping import FOLIO

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigmerge.checkpoints.checkpoint import Checkpoint
+from bigmerge.checkpoints.fisher_facts import fisher_facts
 from bigmerge.merging.alignment import Selection
-from bigmerge.merging.fisher_facts import fisher_facts
 from bigmerge.merging.sources import Source
 from bigmerge.methods.base import Method, parameters_of
 

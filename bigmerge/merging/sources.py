@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bigmerge.checkpoints.arguments import Named, has_weights, open_arguments, resolve, resolve_model
 from bigmerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from bigmerge.checkpoints.fisher_facts import fisher_facts, is_fisher
 from bigmerge.errors import AlignmentError, UsageError
-from bigmerge.merging.arguments import Named, has_weights, open_arguments, resolve, resolve_model
-from bigmerge.merging.fisher_facts import fisher_facts, is_fisher
 
 _FISHER_NAME = re.compile(r"(?P<model>.+)[-_.]fishers?(?P<suffix>\.\w+)?$")
 

@@ -10,8 +10,9 @@ import torch
 
 from bigmerge.checkpoints.checkpoint import TensorSpec
 from bigmerge.checkpoints.dtypes import byte_count, itemsize, torch_dtype
+from bigmerge.checkpoints.fisher_facts import Moments
 from bigmerge.errors import CheckpointError
-from bigmerge.methods.base import Moments, View
+from bigmerge.methods.base import View
 from bigmerge.storage.mapping import Mappings
 
 with warnings.catch_warnings():

@@ -14,27 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from bigmerge.checkpoints.fisher_facts import Moments
 from bigmerge.errors import UsageError
 from bigmerge.registry import Registry
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sums over the elements of a companion tensor, or of all merged tensors of one companion."""
-
-    total: float
-    squares: float
-    elements: int
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.elements if self.elements else 0.0
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.total + other.total, self.squares + other.squares, self.elements + other.elements)
 
 
 class View(ABC):

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from bigmerge.checkpoints.fisher_facts import Moments
 from bigmerge.errors import BigmergeError, UsageError
-from bigmerge.methods.base import Method, Moments, View
+from bigmerge.methods.base import Method, View
 
 if TYPE_CHECKING:
     import torch

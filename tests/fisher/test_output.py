@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from bigmerge.checkpoints.checkpoint import open_checkpoint
 from bigmerge.errors import EstimationError
 from bigmerge.fisher import output
+from bigmerge.verification import verify
 
 
 class SameNames:
@@ -70,3 +71,13 @@ def test_any_shape_is_written_and_leftovers_go(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "fisher_info.json").read_text()) == recorded
     assert set(open_checkpoint(tmp_path).tensors) == set(values)
     assert not (tmp_path / "folder").exists()
+
+
+def test_what_is_written_can_be_verified_later(tmp_path):
+    output.write_fisher(tmp_path, {"a": torch.arange(100.0), "b": torch.ones(3)}, {}, shard_bytes=1 << 20)
+    assert verify(tmp_path).ok
+    assert verify(tmp_path).has_manifest
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    assert [line for line in verify(tmp_path).problems if "'b'" in line or "'a'" in line]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bigmerge.checkpoints.arguments import resolve
 from bigmerge.errors import AlignmentError, CheckpointError, UsageError
 from bigmerge.merging.alignment import Alignment, Selection, align
-from bigmerge.merging.arguments import resolve
 from bigmerge.merging.comparison import same_content, tied_names
 from bigmerge.merging.heads import head_tensors, same_labels
 from bigmerge.merging.sources import Source

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bigmerge.checkpoints.arguments import locate, resolve, resolve_model
 from bigmerge.errors import AlignmentError, CheckpointError, UsageError
-from bigmerge.merging.arguments import locate, resolve, resolve_model
 from bigmerge.merging.sources import Grouping, collect, group
 from tests.building import fill_cache, turn_hub_off, write_fisher
 from tests.conftest import normal, write_checkpoint

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from bigmerge.checkpoints.fisher_facts import Moments
 from bigmerge.merging.windows import BlockView, Scratch
-from bigmerge.methods.base import Method, Moments, build_method
+from bigmerge.methods.base import Method, build_method
 
 
 def moments(values: torch.Tensor) -> Moments:

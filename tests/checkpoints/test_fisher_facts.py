@@ -1,4 +1,4 @@
-"""bigmerge.merging.fisher_facts: what a Fisher's header records, and headers that record nonsense."""
+"""bigmerge.checkpoints.fisher_facts: what a Fisher's header records, and headers that record nonsense."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bigmerge.checkpoints.arguments import resolve
+from bigmerge.checkpoints.fisher_facts import FACTS_KEY, SUMS_KEY, fisher_facts, is_fisher, recorded_moments
 from bigmerge.errors import CheckpointError
-from bigmerge.merging.arguments import resolve
-from bigmerge.merging.fisher_facts import FACTS_KEY, SUMS_KEY, fisher_facts, is_fisher, recorded_moments
 from tests.building import write_fisher
 from tests.conftest import normal, write_checkpoint
 

@@ -1,16 +1,32 @@
-"""What a Fisher's header says of itself, as merging needs it."""
+"""What a Fisher's header says of itself: the keys that `bigmerge fisher` writes and merging reads."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from bigmerge.checkpoints.checkpoint import Checkpoint
 from bigmerge.errors import CheckpointError
-from bigmerge.methods.base import Moments
 
 FACTS_KEY = "bigmerge.fisher"
 SUMS_KEY = "bigmerge.sums"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the elements of a companion tensor, or of all merged tensors of one companion."""
+
+    total: float
+    squares: float
+    elements: int
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.elements if self.elements else 0.0
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.total + other.total, self.squares + other.squares, self.elements + other.elements)
 
 
 def is_fisher(checkpoint: Checkpoint) -> bool:

@@ -21,9 +21,9 @@ from bigmerge.checkpoints.checkpoint import (
     read_json_object,
     shard_family,
 )
+from bigmerge.checkpoints.fisher_facts import is_fisher
 from bigmerge.checkpoints.hub import download, is_hub_name
 from bigmerge.errors import CheckpointError, UsageError
-from bigmerge.merging.fisher_facts import is_fisher
 
 log = logging.getLogger("bigmerge.merge")
 
