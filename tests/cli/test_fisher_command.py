@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import subprocess
 import sys
@@ -24,14 +23,8 @@ def models(tmp_path_factory):
     return root
 
 
-#: a command line is one process: the application is made once in it
-build_app = functools.cache(entry.build_app)
-
-
 @pytest.fixture
-def fisher(models, capfd, monkeypatch):
-    monkeypatch.setattr(entry, "build_app", build_app)
-
+def fisher(models, capfd):
     def run(*arguments: str) -> tuple[int, str, str]:
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
