@@ -81,7 +81,7 @@ def test_correct_agrees_with_one_text_at_a_time() -> None:
 
 def test_training_learns_and_repeats_exactly() -> None:
     data = some_data(64)
-    training = Training(batch_size=8, body_lr=1e-2, head_lr=1e-2)
+    training = Training(batch_size=8, body_lr=1e-2, head_lr=1e-2, frozen=())
     first, second = tiny(0), tiny(0)
     losses = finetune._train(first, data, TASK, training)
     assert len(losses) == 48
