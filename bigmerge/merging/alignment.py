@@ -185,7 +185,9 @@ def align(
     if not merged:
         reasons = sorted({entry.reason for entry in kept})
         raise AlignmentError(
-            f"nothing is left to merge: of {len(kept)} tensors, " + "; ".join(reasons[:4]),
+            f"nothing is left to merge: of {len(kept)} tensors, " + "; ".join(reasons[:4])
+            if kept
+            else "nothing is left to merge: the target holds no tensors",
             hint="are these fine-tuned from the same model? `bigmerge inspect` shows a checkpoint's tensors",
             reasons=reasons,
         )

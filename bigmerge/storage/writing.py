@@ -123,7 +123,8 @@ def write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     with output_errors(path):
-        with temporary.open("w", encoding="utf-8") as file:
+        # Names of files need not be UTF-8; in JSON their escaped bytes are read back as they were.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -165,6 +165,11 @@ def test_nothing_in_common(bench: Bench) -> None:
     assert "fine-tuned from the same model" in str(caught.value)
 
 
+def test_nothing_at_all(bench: Bench) -> None:
+    with pytest.raises(AlignmentError, match="the target holds no tensors"):
+        bench.align({}, {})
+
+
 # -- patterns -----------------------------------------------------------------------------------------------
 
 

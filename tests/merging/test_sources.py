@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -13,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import bigmerge
+from bigmerge.checkpoints import arguments
 from bigmerge.checkpoints.arguments import locate, resolve, resolve_model
 from bigmerge.errors import AlignmentError, CheckpointError, UsageError
 from bigmerge.merging.sources import Grouping, collect, group
+from bigmerge.verification import verify
 from tests.building import fill_cache, turn_hub_off, write_fisher
 from tests.conftest import normal, write_checkpoint
 
@@ -169,18 +171,18 @@ def test_a_directory_that_has_the_name_of_a_family_is_another_model(shards: Path
 
 
 def test_what_is_no_weights_is_skipped_and_directories_are_mentioned(
-    shards: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("bigmerge"), "propagate", True)
+    told: list[str] = []
+    monkeypatch.setattr(arguments.log, "warning", lambda text, *values: told.append(text % values))
     write_checkpoint(shards / "a", model(0))
     (shards / "logs").mkdir()
     for name in ("config.json", "tokenizer.json", "README.md", "training_args.bin", "optimizer.pt", "logs/x"):
         (shards / name).write_text("no weights")
-    with caplog.at_level(logging.WARNING, "bigmerge"):
-        grouping = group(everything(shards))
+    grouping = group(everything(shards))
     assert pairs(grouping) == {"a": None}
     assert len(grouping.skipped) == 6
-    assert caplog.messages == ["shards/logs: skipped, it holds no weights"]
+    assert told == ["shards/logs: skipped, it holds no weights"]
     assert "shards/optimizer.pt: skipped, no weights" in grouping.describe()
 
 
@@ -190,6 +192,17 @@ def test_links_are_called_what_the_user_calls_them(shards: Path) -> None:
     write_checkpoint(shards / "b", model(1))
     write_checkpoint(shards / "a-fisher", fisher(0))
     assert pairs(group(everything(shards))) == {"a": "a-fisher", "b": None}
+
+
+def test_names_that_are_no_utf8(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, name in enumerate((b"a\xff", b"b")):
+        write_checkpoint(shards / os.fsdecode(name), model(number), config={})
+    (shards / os.fsdecode(b"a\xff") / os.fsdecode(b"vocab\xff.json")).write_text("{}")
+    bigmerge.merge(everything(shards), "out")
+    assert json.loads(Path("out/bigmerge.json").read_text(encoding="utf-8"))["recipe"]["target"] == "a\udcff"
+    assert "| a\\udcff |" in Path("out/README.md").read_text(encoding="utf-8")
+    assert verify(Path("out")).ok
+    assert len(list(Path("out").glob("*.json"))) == 3
 
 
 def test_the_directory_one_is_in(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,10 +401,10 @@ def test_numbers_that_do_not_match(shards: Path) -> None:
         write_checkpoint(shards / f"{name}-fisher", fisher(number))
     (shards / "notes.txt").write_text("x")
     both = everything(shards)
-    for arguments in ([], [shards / "a"], [shards / "a", shards / "a-fisher", shards / "notes.txt"]):
+    for given in ([], [shards / "a"], [shards / "a", shards / "a-fisher", shards / "notes.txt"]):
         with pytest.raises(UsageError, match="at least two models") as caught:
-            collect(arguments)
-        assert caught.value.message.endswith(group(arguments).describe())
+            collect(given)
+        assert caught.value.message.endswith(group(given).describe())
         assert "DIRECTORY/*" in str(caught.value)
     with pytest.raises(UsageError, match=r"3 --weight for 2 models:\s+a: 1 file"):
         collect(both, weights=[1, 2, 3])

@@ -21,7 +21,7 @@ def resident(buffer: mmap.mmap) -> int:
     """Bytes of the mapping that count as this process's memory."""
     inside = found = 0
     address = MappedAddress.of(buffer)
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
         head = line.split()[0]
         if "-" in head and not head.endswith(":"):
             start, end = (int(part, 16) for part in head.split("-"))
