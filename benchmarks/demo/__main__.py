@@ -19,6 +19,8 @@ from benchmarks.demo.commands import Layout
 from benchmarks.demo.settings import TASKS, Merging, Task, Training
 from bigmerge.errors import BigmergeError
 
+_PAIRS = (("fisher", "average"), ("fisher-scaled", "average-scaled"), ("fisher-scaled", "average"))
+
 
 def say(text: str) -> None:
     """Progress, on standard error: standard output is for the table."""
@@ -178,7 +180,7 @@ Accuracy on held-out {results.part} texts, %; every task with its own head, only
 
 {report.table(results)}
 
-{report.comparison(results)}
+{report.comparison(results, _PAIRS)}
 (± is the paired standard error over the {results.part} texts; other fine-tuning runs would differ by more.)
 
 kept: mean accuracy relative to the parents'. seconds: fine-tuning (sum over tasks; one thread each) for the

@@ -60,11 +60,16 @@ class Variant:
 
 
 def variants(merging: Merging) -> tuple[Variant, ...]:
-    """The merges that the demo compares."""
+    """The merges that the demo compares, the plain average first.
+
+    The scale is applied with and without Fishers, so that what it does isn't taken for what Fishers do.
+    """
+    scale = f", scale {merging.scale:g}"
     return (
         Variant("average", "plain average", fisher=False),
         Variant("fisher", "Fisher", fisher=True),
-        Variant("fisher-scaled", f"Fisher, scale {merging.scale:g}", fisher=True, scaled=True),
+        Variant("average-scaled", f"plain average{scale}", fisher=False, scaled=True),
+        Variant("fisher-scaled", f"Fisher{scale}", fisher=True, scaled=True),
     )
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from benchmarks.demo.report import Results
 
-# dark to light by what a reader looks for: the merged models, then the parents; readable without colour
-_MERGED = ("#8c8c8c", "#2a78b5", "#0b4f8a")
 _PARENTS = "#c9a227"
+_WITH_FISHER = "#2a78b5"
+_WITHOUT = "#8c8c8c"
 
 
 def draw(results: Results, path: Path) -> None:
@@ -19,18 +19,22 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     rows = (results.parents, *results.merged)
-    colours = (_PARENTS, *_MERGED[: len(results.merged)])
+    colours = [_PARENTS, *(_WITH_FISHER if "fisher" in row.name else _WITHOUT for row in results.merged)]
     titles = [row.title for row in rows]
     panels = [(task, [row.accuracy(task) for row in rows], results.majority[task]) for task in results.tasks]
     mean_chance = sum(results.majority.values()) / len(results.majority)
     panels.append(("mean", [row.mean() for row in rows], mean_chance))
 
     figure, axes = pyplot.subplots(
-        1, len(panels), sharey=True, figsize=(3.0 * len(panels) + 1.5, 3.2), layout="constrained"
+        1,
+        len(panels),
+        sharey=True,
+        figsize=(2.9 * len(panels) + 1.9, 0.5 * len(rows) + 1.4),
+        layout="constrained",
     )
     for axis, (title, values, chance) in zip(axes, panels, strict=True):
         bars = axis.barh(titles, [100 * value for value in values], color=colours, height=0.7)
-        axis.bar_label(bars, fmt="%.1f", padding=-4, label_type="edge", color="white", fontweight="bold")
+        axis.bar_label(bars, fmt="%.1f", padding=-5, label_type="edge", color="white", fontweight="bold")
         for label in axis.texts:
             label.set_horizontalalignment("right")
         axis.axvline(100 * chance, color="black", linestyle=":", linewidth=1)

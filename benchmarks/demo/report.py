@@ -109,14 +109,16 @@ def table(results: Results) -> str:
     )
 
 
-def comparison(results: Results) -> str:
-    """One line per merged model: its distance from the plain average, which comes first."""
-    average, *others = results.merged
+def comparison(results: Results, pairs: Sequence[tuple[str, str]]) -> str:
+    """One line per pair of merged models, given by name: how far the first is from the second."""
+    rows = {row.name: row for row in results.merged}
+    named = [(rows[first], rows[second]) for first, second in pairs]
+    labels = [f"{first.title} − {second.title}:" for first, second in named]
     lines = []
-    for row in others:
-        gain, error = difference(row, average)
+    for label, (first, second) in zip(labels, named, strict=True):
+        gain, error = difference(first, second)
         lines.append(
-            f"{row.title} − {average.title}: {100 * gain:+.1f} ± {100 * error:.1f} points of mean accuracy"
+            f"{label.ljust(max(map(len, labels)))} {100 * gain:+.1f} ± {100 * error:.1f} points of the mean"
         )
     return "\n".join(lines)
 

@@ -30,10 +30,12 @@ def test_the_fisher_command() -> None:
 def test_the_merge_commands() -> None:
     merging = Merging(scale=1.6)
     found = [commands.merge_command(LAYOUT, variant, merging) for variant in commands.variants(merging)]
+    scale = "--base .demo/base/minilm --scale 1.6"
     assert found == [
         "bigmerge merge .demo/shards/* --method linear -o .demo/merged/average",
         "bigmerge merge .demo/shards/* -o .demo/merged/fisher",
-        "bigmerge merge .demo/shards/* --base .demo/base/minilm --scale 1.6 -o .demo/merged/fisher-scaled",
+        f"bigmerge merge .demo/shards/* --method linear {scale} -o .demo/merged/average-scaled",
+        f"bigmerge merge .demo/shards/* {scale} -o .demo/merged/fisher-scaled",
     ]
 
 
@@ -91,8 +93,8 @@ def test_rows_take_the_parents_answers_from_their_own_tasks() -> None:
     results = demo.gather(tasks, merging, scores, {"rt": 0.5, "tweets": 0.5}, seconds, "test")
     assert results.parents.right == {"rt": [True, True], "tweets": [True, True]}
     assert [row.accuracy("tweets") for row in results.others] == [0.5, 1.0]
-    assert [row.name for row in results.merged] == ["average", "fisher", "fisher-scaled"]
-    assert [row.seconds for row in results.merged] == [2.0, 3.0, 4.0]
+    assert [row.name for row in results.merged] == [variant.name for variant in commands.variants(merging)]
+    assert [row.seconds for row in results.merged] == [2.0, 3.0, 4.0, 5.0]
     assert "1.6" in demo.explained(results, LAYOUT, merging, 10.0)
 
 

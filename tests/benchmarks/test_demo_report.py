@@ -67,12 +67,14 @@ def test_table_is_aligned_and_holds_the_numbers(results: Results) -> None:
     assert cells == ["b", "20", "25.0", "80.0", "25.0", "50.0", "70.0"]
 
 
-def test_comparison_is_with_the_plain_average(results: Results) -> None:
+def test_comparison_names_both_models(results: Results) -> None:
     gain, error = report.difference(results.merged[1], results.merged[0])
-    assert report.comparison(results) == (
-        f"Fisher − plain average: +{100 * gain:.1f} ± {100 * error:.1f} points of mean accuracy"
-    )
     assert gain == pytest.approx(0.15)
+    lines = report.comparison(results, [("fisher", "average"), ("fisher", "fisher")]).splitlines()
+    assert lines == [
+        f"Fisher − plain average: +15.0 ± {100 * error:.1f} points of the mean",
+        "Fisher − Fisher:        +0.0 ± 0.0 points of the mean",
+    ]
 
 
 def test_json_holds_what_the_table_shows(results: Results) -> None:
