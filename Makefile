@@ -9,12 +9,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 DEV := .venv/.dev-installed
 DEMO := .venv/.demo-installed
 
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-slow test-all check bench clean
 
 help:
 	@echo "make demo      real models, real texts: fine-tune, measure Fishers, merge, compare (about 10 minutes)"
 	@echo "make test      quick tests (ARGS=... goes to pytest)"
-	@echo "make test-all  all tests"
+	@echo "make test-slow the slow tests; make test-all: both"
 	@echo "make check     ruff, mypy"
 	@echo "make bench     small benchmarks (about 5 minutes)"
 	@echo "make clean     remove what the above have made, .venv included"
@@ -25,8 +25,10 @@ demo: $(DEMO)
 test: $(DEV)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: $(DEV)
-	$(BIN)/python -m pytest $(ARGS)
+test-slow: $(DEV)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all: test test-slow
 
 check: $(DEV)
 	$(BIN)/ruff check .
