@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from tqdm import tqdm
 
 from bigmerge.checkpoints.dtypes import byte_count, torch_dtype
 from bigmerge.checkpoints.fisher_facts import Moments
@@ -106,28 +107,27 @@ class _Run:
         plan = self.plan
         steps = self._steps_to_do()
         workers = [
-            threading.Thread(target=self._guard, args=(self._work, steps), name=f"bigmerge-worker-{number}")
+            threading.Thread(
+                target=self._guard, args=(self._work, steps), name=f"bigmerge-{number}", daemon=True
+            )
             for number in range(plan.workers)
         ]
-        committer = threading.Thread(target=self._guard, args=(self._commit,), name="bigmerge-commit")
+        committer = threading.Thread(
+            target=self._guard, args=(self._commit,), name="bigmerge-commit", daemon=True
+        )
         self.moved = moved
         interrupted = False
         total = plan.transfer_bytes
         with progress_bar(total=total, unit="B", desc="merging", done=moved, show=show_progress) as bar:
-            for thread in (committer, *workers):
-                thread.start()
-            for thread in (*workers, committer):
-                while thread.is_alive():
-                    try:
-                        if thread is committer:
-                            self.workers_done = True
-                            self.wake.set()
-                        thread.join(0.1)
-                        bar.update(self.moved - bar.n)
-                    except KeyboardInterrupt:
-                        interrupted = True
-                        self.stop.set()
-            bar.update(self.moved - bar.n)
+            ended = False
+            while not ended:
+                # Ctrl-C may come anywhere in here; the files must stay open until every thread has ended.
+                try:
+                    self._see_to_end(workers, committer, bar)
+                    ended = True
+                except KeyboardInterrupt:
+                    interrupted = True
+                    self.stop.set()
         if self.failure is not None:
             raise self.failure
         done, all_steps = int(self.records.done.sum()), plan.step_count
@@ -135,6 +135,22 @@ class _Run:
             raise Interrupted(
                 f"interrupted with {done} of {all_steps} steps stored", done=done, steps=all_steps
             )
+
+    def _see_to_end(
+        self, workers: list[threading.Thread], committer: threading.Thread, bar: tqdm[Any]
+    ) -> None:
+        """Start what has not been started, and wait for all of it. Can be called again after an interruption."""
+        for thread in (committer, *workers):
+            if thread.ident is None and not (self.stop.is_set() and thread is not committer):
+                thread.start()
+        for thread in (*workers, committer):
+            while thread.is_alive():
+                if thread is committer:
+                    self.workers_done = True
+                    self.wake.set()
+                thread.join(0.1)
+                bar.update(self.moved - bar.n)
+        bar.update(self.moved - bar.n)
 
     def _guard(self, work: Callable[..., None], *arguments: Any) -> None:
         """Run a thread's work; the first failure stops all threads and is raised by the main thread."""

@@ -10,7 +10,7 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -234,9 +234,13 @@ def make_plan(recipe: Recipe, out: Path, budget: Budget) -> Plan:
         base=recipe.base,
         selection=recipe.selection,
     )
+    target_source = recipe.sources[recipe.target]
+    if target_source.checkpoint.config is None:
+        missing = f"{target_source.label} has no config.json beside it, so the output will hold weights only"
+        alignment = replace(alignment, warnings=(*alignment.warnings, missing))
     by_name: dict[str, Merged | Kept] = {entry.name: entry for entry in alignment.merged}
     by_name |= {entry.name: entry for entry in alignment.kept}
-    target = recipe.sources[recipe.target].checkpoint.tensors
+    target = target_source.checkpoint.tensors
     shapes = {name: (_output_dtype(target[name], recipe.dtype), target[name].shape) for name in by_name}
     layout = lay_out(shapes, recipe.shard_bytes, metadata={"format": "pt"})
     tensors = tuple(by_name[name] for name in layout.tensors)

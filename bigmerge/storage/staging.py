@@ -20,8 +20,15 @@ from types import TracebackType
 from typing import Any
 
 from bigmerge.errors import OutputError, ResumeError
+from bigmerge.storage.manifest import MANIFEST
 from bigmerge.storage.writing import output_errors, sync_path, write_json
 
+_CHECKPOINT_FILES = (
+    ".safetensors",
+    ".safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
@@ -50,11 +57,23 @@ def check_free(out: Path, *, overwrite: bool) -> None:
         if not out.is_dir() or out.is_symlink():
             kind = "is a link" if out.is_symlink() else "is no directory"
             raise OutputError(f"{out}: {kind}, so it is not overwritten", file=str(out))
+        if not _replaceable(out):
+            raise OutputError(
+                f"{out}: holds no checkpoint, so it is not overwritten",
+                hint="look at what is in it; if it may go, remove it yourself",
+                file=str(out),
+            )
     for parent in out.absolute().parents:
         if os.path.lexists(parent):
             if not parent.is_dir():
                 raise OutputError(f"{parent}: is no directory", file=str(parent))
             break
+
+
+def _replaceable(out: Path) -> bool:
+    """Whether a directory may be replaced: it is empty or looks like a checkpoint, not like someone's home."""
+    names = [entry.name for entry in out.iterdir()]
+    return not names or MANIFEST in names or any(name.endswith(_CHECKPOINT_FILES) for name in names)
 
 
 class Staging:

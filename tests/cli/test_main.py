@@ -205,11 +205,11 @@ def test_no_linear_normalize(work: Path, capsys: Capture) -> None:
 
 def test_overwrite(work: Path, capsys: Capture) -> None:
     (work / "out").mkdir()
-    (work / "out" / "old").write_text("old")
+    (work / "out" / "old.safetensors").write_text("old")
     assert run("merge", *everything(work), "-o", "out", "-q") == 4
-    assert [path.name for path in (work / "out").iterdir()] == ["old"]
+    assert [path.name for path in (work / "out").iterdir()] == ["old.safetensors"]
     assert run("merge", *everything(work), "-o", "out", "-q", "--overwrite") == 0
-    assert not (work / "out" / "old").exists()
+    assert not (work / "out" / "old.safetensors").exists()
     assert not (work / "out.partial").exists()
 
 
@@ -258,7 +258,8 @@ ENDS: list[tuple[Any, list[str], int, str, str]] = [
     (reshaped, ["-o", "out", "--strict"], 3, "AlignmentError", "2 tensors do not fit together"),
     (existing, ["-o", "out"], 4, "OutputError", "out: exists already"),
     (None, ["-o", "shards/a/config.json/out"], 4, "OutputError", "config.json: is no directory"),
-    (None, ["-o", "shards", "--overwrite"], 4, "OutputError", "would replace an input"),
+    (None, ["-o", "shards", "--overwrite"], 4, "OutputError", "holds no checkpoint"),
+    (None, ["-o", "shards/a", "--overwrite"], 4, "OutputError", "would replace an input"),
     (None, ["-o", "."], 4, "OutputError", "is no name for an output"),
     (None, ["-o", "out", "--memory", "1MiB"], 5, "ResourceError", "of working memory"),
     (other_recipe, ["-o", "out"], 6, "ResumeError", "unfinished work of another run"),

@@ -283,8 +283,38 @@ def test_an_existing_output_is_touched_only_on_request(models, expected, tmp_pat
         bigmerge.merge(models, out)
     assert (out / "precious.txt").read_text() == "mine"
     assert not Path(f"{out}.partial").exists()
+    with pytest.raises(OutputError, match="holds no checkpoint, so it is not overwritten"):
+        bigmerge.merge(models, out, overwrite=True)
+    assert (out / "precious.txt").read_text() == "mine"
+    (out / "model.safetensors").write_text("an earlier result")
     bigmerge.merge(models, out, overwrite=True)
     assert file_bytes(out) == expected
+
+
+@pytest.mark.parametrize("place", ["start", "wait"])
+def test_ctrl_c_at_any_point_of_waiting_ends_every_thread(models, expected, tmp_path, monkeypatch, place):
+    import threading
+
+    from bigmerge.errors import Interrupted
+
+    hits = [0]
+    method = {"start": "start", "wait": "is_alive"}[place]
+    original = getattr(threading.Thread, method)
+
+    def interrupt(self):
+        if self.name.startswith("bigmerge-") and threading.current_thread() is threading.main_thread():
+            hits[0] += 1
+            if hits[0] == 2:
+                raise KeyboardInterrupt
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, method, interrupt)
+        with pytest.raises(Interrupted):
+            bigmerge.merge(models, tmp_path / "out")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("bigmerge-")]
+    bigmerge.merge(models, tmp_path / "out")
+    assert file_bytes(tmp_path / "out") == expected
 
 
 def test_nothing_in_the_output_tells_when_or_how_it_was_made(models, expected):

@@ -31,7 +31,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def fill(staging: Staging, content: str = "new") -> None:
-    (staging.output / "model").write_text(content)
+    (staging.output / "model.safetensors").write_text(content)
     (staging.output / "sub").mkdir(exist_ok=True)
     (staging.output / "sub" / "x").write_text("x")
 
@@ -47,7 +47,7 @@ def test_publish(out: Path) -> None:
         (staging.scratch / "journal").write_text("done")
         assert not out.exists()
         staging.publish()
-        assert sorted(path.name for path in out.iterdir()) == ["model", "sub"]
+        assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "sub"]
     assert not staging.scratch.exists()
     assert list(out.parent.iterdir()) == [out]
 
@@ -60,10 +60,10 @@ def test_going_on(out: Path) -> None:
         with Staging(out, RUN) as staging:
             assert staging.resumed
             assert (staging.scratch / "journal").read_text() == "half"
-            assert (staging.output / "model").read_text() == "new"
+            assert (staging.output / "model.safetensors").read_text() == "new"
     with Staging(out, RUN) as staging:
         staging.publish()
-    assert (out / "model").read_text() == "new"
+    assert (out / "model.safetensors").read_text() == "new"
 
 
 def test_a_failure_leaves_the_work_and_frees_the_lock(out: Path) -> None:
@@ -102,7 +102,7 @@ def test_another_run_is_refused_with_what_differs(out: Path) -> None:
     assert str(partial_path(out)) in str(caught.value)
     with Staging(out, RUN) as staging:
         assert staging.resumed, "the refused run has changed nothing"
-        assert (staging.output / "model").read_text() == "new"
+        assert (staging.output / "model.safetensors").read_text() == "new"
 
 
 def test_lists_of_other_length_and_numbers_next_to_each_other(out: Path) -> None:
@@ -208,12 +208,12 @@ def test_an_existing_output_is_not_touched(out: Path) -> None:
 
 def test_overwrite_replaces_at_the_end(out: Path) -> None:
     out.mkdir(parents=True)
-    (out / "old").write_text("old")
+    (out / "old.safetensors").write_text("old")
     with Staging(out, RUN, overwrite=True) as staging:
         fill(staging)
-        assert (out / "old").read_text() == "old"
+        assert (out / "old.safetensors").read_text() == "old"
         staging.publish()
-    assert sorted(path.name for path in out.iterdir()) == ["model", "sub"]
+    assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "sub"]
     assert list(out.parent.iterdir()) == [out]
 
 
@@ -221,19 +221,19 @@ def test_killed_after_the_exchange_nothing_of_the_old_output_comes_back(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out.mkdir(parents=True)
-    (out / "old").write_text("old")
+    (out / "old.safetensors").write_text("old")
     with Staging(out, RUN, overwrite=True) as staging:
         fill(staging)
         monkeypatch.setattr(module.shutil, "rmtree", lambda *arguments, **options: None)
         staging.publish()
         monkeypatch.undo()
-    assert (staging.output / "old").exists(), "as a kill would leave it"
+    assert (staging.output / "old.safetensors").exists(), "as a kill would leave it"
     with Staging(out, RUN, overwrite=True) as again:
         assert not again.resumed
         fill(again, "newer")
         again.publish()
-    assert sorted(path.name for path in out.iterdir()) == ["model", "sub"]
-    assert (out / "model").read_text() == "newer"
+    assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "sub"]
+    assert (out / "model.safetensors").read_text() == "newer"
 
 
 @pytest.mark.parametrize("replaces", [False, True])
@@ -244,11 +244,11 @@ def test_file_systems_without_exchange(
     monkeypatch.setattr(module, "_rename", lambda source, target, flags: code)
     if replaces:
         out.mkdir(parents=True)
-        (out / "old").write_text("old")
+        (out / "old.safetensors").write_text("old")
     with Staging(out, RUN, overwrite=replaces) as staging:
         fill(staging)
         staging.publish()
-    assert sorted(path.name for path in out.iterdir()) == ["model", "sub"]
+    assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "sub"]
     assert list(out.parent.iterdir()) == [out]
 
 
@@ -265,7 +265,7 @@ def test_something_that_appears_before_publishing_is_kept(
         with pytest.raises(OutputError, match="cannot be given its name") as caught:
             staging.publish()
         assert str(staging.output) in str(caught.value)
-        assert (staging.output / "model").exists()
+        assert (staging.output / "model.safetensors").exists()
     assert (out / "other").read_text() == "other"
 
 
