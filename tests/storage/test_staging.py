@@ -281,7 +281,7 @@ def test_publish_waits_for_the_disk(out: Path, monkeypatch: pytest.MonkeyPatch) 
         fill(staging)
         monkeypatch.setattr(os, "fsync", fsync)
         staging.publish()
-    assert sorted(synced[:-2]) == ["model", "sub", "x"]
+    assert sorted(synced[:-2]) == ["model.safetensors", "sub", "x"]
     assert synced[-2:] == ["output", out.parent.name], "its entries before the rename, the parent's after"
 
 
