@@ -279,3 +279,37 @@ def test_pytorch_files(tmp_path):
         torch.save(model, tmp_path / f"m{n}.bin")
     bigmerge.merge([tmp_path / "m0.bin", tmp_path / "m1.bin"], tmp_path / "out")
     assert_close_in_dtype(read_checkpoint(tmp_path / "out"), reference_linear(models, [1, 1]))
+
+
+@pytest.mark.slow
+def test_a_tensor_over_two_gigabytes(tmp_path):
+    """One read or write call moves at most 2^31 bytes on Linux; offsets beyond must come out right too."""
+    import struct
+
+    from bigmerge.checkpoints.header import build_header
+
+    count = 1_200_000_000  # 2.4 GB in bfloat16
+    edges = [0, 1, (1 << 30) - 1, 1 << 30, (1 << 30) + 12345, count - 1]
+    for n in range(2):
+        (tmp_path / f"m{n}").mkdir()
+        header = build_header({"big": ("BF16", (count // 1000, 1000))}, {})
+        with (tmp_path / f"m{n}" / "model.safetensors").open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + 2 * count)  # sparse: all other elements are zero
+            for place in edges:
+                file.seek(len(header) + 2 * place)
+                file.write(
+                    torch.tensor([place % 251 + n], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+                )
+    result = bigmerge.merge([tmp_path / "m0", tmp_path / "m1"], tmp_path / "out")
+    assert result.bytes_written > 1 << 31
+    path = tmp_path / "out" / "model.safetensors"
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        for place in edges:
+            file.seek(8 + length + 2 * place)
+            found = torch.frombuffer(bytearray(file.read(2)), dtype=torch.bfloat16)
+            assert found.item() == torch.tensor(place % 251 + 0.5).bfloat16().item(), place
+    for n in range(2):
+        (tmp_path / f"m{n}" / "model.safetensors").unlink()
+    path.unlink()  # gigabytes need not wait for pytest to tidy up
