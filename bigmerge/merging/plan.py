@@ -314,14 +314,14 @@ def _fit(
             most = max(most, mapped + written + scratch)
         return most
 
-    windows = [STEP, STEP // 2, BLOCK]
+    costs = {window: per_worker(window) for window in (STEP, STEP // 2, BLOCK)}
     most_workers = budget.workers or min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
     for workers in range(most_workers, 0, -1):
-        for window in windows:
-            peak = fixed + workers * per_worker(window)
+        for window, cost in costs.items():
+            peak = fixed + workers * cost
             if peak <= budget.memory:
                 return workers, window, peak
-    least = fixed + per_worker(BLOCK)
+    least = fixed + costs[BLOCK]
     raise ResourceError(
         f"this merge needs at least {format_bytes(least)} of working memory, the budget is "
         f"{format_bytes(budget.memory)}",
