@@ -12,7 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from bigmerge.storage.writing import start_writeback
+
 _PIECE = 4 << 20
+_AHEAD = 6  # pieces that each thread has the kernel read in advance
 
 
 def main(threads: int, output_bytes: int, output: str, inputs: list[str]) -> None:
@@ -25,27 +28,35 @@ def main(threads: int, output_bytes: int, output: str, inputs: list[str]) -> Non
     pieces = iter(_pieces(files))
     lock = threading.Lock()
     position = [0]
+    descriptors = {file: os.open(file, os.O_RDONLY) for file in files}
+
+    def take() -> tuple[int, int, int, int] | None:
+        """The next piece as (place among all input bytes, descriptor, offset, length), its reading begun."""
+        with lock:
+            piece = next(pieces, None)
+            if piece is None:
+                return None
+            file, offset, length = piece
+            start = position[0]
+            position[0] += length
+        os.posix_fadvise(descriptors[file], offset, length, os.POSIX_FADV_WILLNEED)
+        return start, descriptors[file], offset, length
 
     def work() -> None:
         buffer = bytearray(_PIECE)
-        descriptors: dict[Path, int] = {}
-        while True:
-            with lock:
-                piece = next(pieces, None)
-                if piece is None:
-                    return
-                start = position[0]
-                position[0] += piece[2]
-            file, offset, length = piece
-            if file not in descriptors:
-                descriptors[file] = os.open(file, os.O_RDONLY)
+        following = [take() for _ in range(_AHEAD)]
+        while piece := following.pop(0):
+            following.append(take())
+            start, descriptor, offset, length = piece
             view = memoryview(buffer)[:length]
             done = 0
             while done < length:
-                done += os.preadv(descriptors[file], [view[done:]], offset + done)
+                done += os.preadv(descriptor, [view[done:]], offset + done)
             first, last = (output_bytes * edge // total for edge in (start, start + length))
-            while first < last:
-                first += os.pwrite(out, view[: last - first], first)
+            written = first
+            while written < last:
+                written += os.pwrite(out, view[: last - written], written)
+            start_writeback(out, first, last - first)
 
     workers = [threading.Thread(target=work) for _ in range(threads)]
     for worker in workers:

@@ -73,14 +73,7 @@ class CheckpointWriter:
         descriptor = self._descriptors[number]
         with output_errors(self.directory / shard.filename):
             _write_all(descriptor, data, position)
-        # Only a hint: where it is missing, the data waits for the next sync.
-        with contextlib.suppress(AttributeError):
-            _libc.sync_file_range(
-                descriptor,
-                ctypes.c_int64(position),
-                ctypes.c_int64(len(data)),
-                ctypes.c_uint(_START_WRITEBACK),
-            )
+        start_writeback(descriptor, position, len(data))
 
     def read(self, name: str, offset: int, nbytes: int) -> bytes:
         """The `nbytes` bytes at byte `offset` of the tensor `name` as they are stored now."""
@@ -108,6 +101,17 @@ class CheckpointWriter:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def start_writeback(descriptor: int, position: int, nbytes: int) -> None:
+    """Have the kernel begin to store these bytes of an open file, without waiting.
+
+    Only a hint: where it is missing, the data waits for the next sync.
+    """
+    with contextlib.suppress(AttributeError):
+        _libc.sync_file_range(
+            descriptor, ctypes.c_int64(position), ctypes.c_int64(nbytes), ctypes.c_uint(_START_WRITEBACK)
+        )
 
 
 def write_json(path: Path, value: Any) -> None:
