@@ -16,7 +16,7 @@ help:
 	@echo "make test      quick tests (ARGS=... goes to pytest)"
 	@echo "make test-slow the slow tests; make test-all: both"
 	@echo "make check     ruff, mypy"
-	@echo "make bench     small benchmarks (about 5 minutes)"
+	@echo "make bench     small benchmarks (about 6 minutes)"
 	@echo "make clean     remove what the above have made, .venv included"
 
 demo: $(DEMO)
@@ -37,7 +37,7 @@ check: $(DEV)
 
 bench: $(DEV)
 	$(BIN)/python -m benchmarks.merge --json .bench/merge.json
-	$(BIN)/python -m benchmarks.fisher --json .bench/fisher.json
+	$(BIN)/python -m benchmarks.fisher --runs 2 --json .bench/fisher.json
 
 clean:
 	rm -rf .venv .demo .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
