@@ -150,7 +150,8 @@ def fisher(
         bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_OUTPUT)
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress bar, only warnings.", rich_help_panel=_OUTPUT)
+        bool,
+        typer.Option("--quiet", "-q", help="No progress bar, only warnings.", rich_help_panel=_OUTPUT),
     ] = False,
 ) -> None:
     """Measure the diagonal of a model's Fisher information on a data set.
