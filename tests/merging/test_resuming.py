@@ -68,17 +68,21 @@ def start(models, out, *arguments):
     )
 
 
-def slow_merge(models, out):
-    """A merge in a process of its own that takes 50 ms more for each step, so that it can be hit in the middle."""
+def slow_merge(models, out, stall_after=1000):
+    """A merge in a process of its own that can be hit in the middle: each step takes 100 ms more.
+
+    After `stall_after` steps it makes no more progress at all.
+    """
     code = (
         "import sys, time\n"
         "from bigmerge.storage.writing import CheckpointWriter as W\n"
         "from bigmerge.merging import engine\n"
         "from bigmerge.cli.main import main\n"
         "engine._COMMIT_SECONDS = 0.05\n"
-        "old = W.write\n"
+        "old, count = W.write, [0]\n"
         "def write(self, *a):\n"
-        "    time.sleep(0.05); old(self, *a)\n"
+        "    count[0] += 1\n"
+        f"    time.sleep(0.1 if count[0] <= {stall_after} else 600); old(self, *a)\n"
         "W.write = write\n"
         "main(sys.argv[1:])\n"
     )
@@ -102,7 +106,7 @@ def wait_for_steps(out, count, process):
 @pytest.mark.parametrize("steps", [1, 12, 30])
 def test_kill_9_then_the_same_command_gives_the_same_bytes(models, expected, tmp_path, steps):
     out = tmp_path / "out"
-    process = slow_merge(models, out)
+    process = slow_merge(models, out, stall_after=steps + 2)
     wait_for_steps(out, steps, process)
     process.kill()
     process.communicate()
