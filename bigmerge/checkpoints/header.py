@@ -42,7 +42,6 @@ class Header:
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
-    file_bytes: int
 
 
 def read_header(path: Path) -> Header:
@@ -111,7 +110,7 @@ def read_header(path: Path) -> Header:
         position += entry.nbytes
     if position != size:
         refuse(f"is {size} bytes long, but its header describes {position} bytes")
-    return Header(entries, metadata, size)
+    return Header(entries, metadata)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

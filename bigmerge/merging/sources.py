@@ -31,7 +31,6 @@ class Source:
         label: how it is called in messages and results; unique within a merge.
         weight: λ.
         fisher: its Fisher, if it has one.
-        named_fisher: whether the user named the Fisher for this model (and answers for the pairing).
         hub_name: its name on the hub, if it came from there.
     """
 
@@ -39,7 +38,6 @@ class Source:
     checkpoint: Checkpoint
     weight: float = 1.0
     fisher: Checkpoint | None = None
-    named_fisher: bool = False
     hub_name: str | None = None
 
 
@@ -192,7 +190,6 @@ def collect(
         replace(
             _source(resolve_model(name)),
             fisher=resolve(fishers[position]) if fishers else None,
-            named_fisher=bool(fishers),
         )
         for position, name in enumerate(models)
     ]
