@@ -119,8 +119,8 @@ def estimate(settings: FisherSettings, *, dry_run: bool = False) -> dict[str, An
     from bigmerge.checkpoints.checkpoint import open_checkpoint
     from bigmerge.fisher.launching import count_processes, launch
     from bigmerge.fisher.loading import local_directory
-    from bigmerge.fisher.processes import joined_world_size
     from bigmerge.fisher.run import describe, run
+    from bigmerge.processes import joined_world_size
 
     directory = local_directory(settings.model)
     out = settings.out.resolve()

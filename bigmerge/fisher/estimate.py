@@ -15,7 +15,7 @@ from bigmerge.fisher.batch import Batch
 from bigmerge.fisher.data import Rows
 from bigmerge.fisher.engines.base import Engine
 from bigmerge.fisher.interruption import StopRequest
-from bigmerge.fisher.processes import Notices, device_memory
+from bigmerge.fisher.notices import Notices, device_memory
 from bigmerge.fisher.state import Progress, SavedState
 from bigmerge.fisher.tasks.base import Task
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bigmerge.errors import BigmergeError, EstimationError, Interrupted, UsageError
-from bigmerge.fisher.processes import read_error
 from bigmerge.fisher.settings import FisherSettings, ProcessSettings
+from bigmerge.processes import read_error
 
 logger = logging.getLogger("bigmerge.fisher")
 

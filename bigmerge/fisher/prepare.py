@@ -15,9 +15,9 @@ from bigmerge.fisher.data import Rows, open_rows
 from bigmerge.fisher.labels.base import LABELS, LabelSource
 from bigmerge.fisher.loading import Subject, input_length, load_model, open_subject
 from bigmerge.fisher.names import CheckpointNames
-from bigmerge.fisher.processes import Group
 from bigmerge.fisher.settings import FisherSettings
 from bigmerge.fisher.tasks.base import Task, TaskSettings
+from bigmerge.processes import Group
 
 logger = logging.getLogger("bigmerge.fisher")
 

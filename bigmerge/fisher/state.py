@@ -23,7 +23,7 @@ import torch
 
 from bigmerge.checkpoints.layout import lay_out
 from bigmerge.errors import ResumeError
-from bigmerge.fisher.processes import Group
+from bigmerge.processes import Group
 from bigmerge.storage.writing import CheckpointWriter, sync_directory, write_json
 
 logger = logging.getLogger("bigmerge.fisher")

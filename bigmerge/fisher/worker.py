@@ -12,9 +12,9 @@ from pathlib import Path
 from bigmerge.cli.console import set_up_logging, sigterm_as_interrupt
 from bigmerge.errors import BigmergeError, Interrupted
 from bigmerge.fisher.launching import RESULT_FILE, SETTINGS_FILE
-from bigmerge.fisher.processes import joined_rank, write_error
 from bigmerge.fisher.run import run
 from bigmerge.fisher.settings import FisherSettings
+from bigmerge.processes import joined_rank, write_error
 
 logger = logging.getLogger("bigmerge.fisher")
 

@@ -38,6 +38,21 @@ class Merged:
     companions: Mapping[str, tuple[TensorSpec, ...]]
     base: TensorSpec | None
 
+    @property
+    def inputs(self) -> list[TensorSpec]:
+        """Everything that is read for it, in a fixed order: models, companions, base."""
+        specs = list(self.models)
+        for kind in sorted(self.companions):
+            specs += self.companions[kind]
+        if self.base is not None:
+            specs.append(self.base)
+        return specs
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype of the arithmetic: float64 where any model stores float64, else float32."""
+        return "F64" if any(spec.dtype == "F64" for spec in self.models) else "F32"
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -46,6 +61,11 @@ class Kept:
     name: str
     spec: TensorSpec
     reason: str
+
+    @property
+    def inputs(self) -> list[TensorSpec]:
+        """What is read for it."""
+        return [self.spec]
 
 
 @dataclass(frozen=True)

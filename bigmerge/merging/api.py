@@ -14,11 +14,14 @@ from bigmerge.checkpoints.arguments import resolve_model
 from bigmerge.checkpoints.dtypes import FLOATS, dtype_name
 from bigmerge.errors import UsageError
 from bigmerge.merging.alignment import Selection
-from bigmerge.merging.plan import DEFAULT_MEMORY, Budget, Plan, describe_exceptions, make_plan
+from bigmerge.merging.budget import DEFAULT_MEMORY, Budget
+from bigmerge.merging.plan import Plan, describe_exceptions, make_plan
+from bigmerge.merging.profile import Profile
 from bigmerge.merging.recipe import DEFAULT_SHARD_BYTES, Recipe
 from bigmerge.merging.sources import Grouping, collect
 from bigmerge.methods.base import METHODS, build_method
 from bigmerge.quantities import format_bytes, format_seconds, parse_bytes
+from bigmerge.storage.reading import IO_KINDS
 from bigmerge.storage.staging import Staging, check_free
 
 log = logging.getLogger("bigmerge.merge")
@@ -36,6 +39,7 @@ class MergeResult:
         warnings: what the user should know.
         seconds: wall time of reading, merging and writing.
         bytes_read, bytes_written: of this and earlier, interrupted runs together.
+        profile: where the time of this run went.
     """
 
     out: Path
@@ -47,6 +51,7 @@ class MergeResult:
     bytes_read: int
     bytes_written: int
     recipe: Mapping[str, Any]
+    profile: Profile
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -83,6 +88,9 @@ def plan_merge(
     shard_size: int | str = DEFAULT_SHARD_BYTES,
     memory: int | str = DEFAULT_MEMORY,
     workers: int | None = None,
+    io: str | None = None,
+    device: str = "cpu",
+    processes: int = 1,
     method_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Plan:
     """Everything about a merge that is known from headers: what it will produce and what it will cost.
@@ -101,8 +109,7 @@ def plan_merge(
         raise UsageError(f"--scale {scale:g} is no finite number")
     if scale != 1.0 and base is None:
         raise UsageError("--scale needs the --base that the merged model is moved away from")
-    if workers is not None and workers < 1:
-        raise UsageError(f"{workers} workers cannot work", hint="give --workers 1 or more")
+    budget = _budget(memory, workers, io, device, processes)
     output_dtype = None
     if dtype is not None:
         try:
@@ -131,7 +138,7 @@ def plan_merge(
         dtype=output_dtype,
         shard_bytes=parse_bytes(shard_size),
     )
-    return make_plan(recipe, Path(out), Budget(parse_bytes(memory), workers))
+    return make_plan(recipe, Path(out), budget)
 
 
 def merge(
@@ -163,7 +170,11 @@ def merge(
         dtype: of the output's floating tensors; default: the target's.
         shard_size: most bytes of data in one output file.
         memory: working memory beyond the interpreter and torch; bytes or text like "256MiB".
-        workers: most threads; default: one for each core.
+        workers: most threads of each process; default: the cores, divided among the processes.
+        io: how inputs are read: "mmap", "pread" or "direct"; see `bigmerge.storage.reading`. Default: "mmap", or
+            "pread" where that lets more workers fit into `memory`.
+        device: where the arithmetic is done: "cpu", or a GPU such as "cuda" or "cuda:1".
+        processes: how many processes share the work on this machine; `memory` is what each may use.
 
     Raises:
         UsageError, InputError, ResourceError: see `plan_merge`.
@@ -177,14 +188,14 @@ def merge(
 
 def execute_plan(plan: Plan, *, overwrite: bool = False, progress: bool = False) -> MergeResult:
     """Carry out a plan from `plan_merge`; see `merge`."""
-    from bigmerge.merging.engine import execute
+    from bigmerge.merging.execution import execute
     from bigmerge.merging.finishing import finish
 
     started = time.monotonic()
     for warning in plan.alignment.warnings:
         log.warning("%s", warning)
     with Staging(plan.out, plan.recipe.describe(), overwrite=overwrite) as staging:
-        records = execute(plan, staging, show_progress=progress)
+        records, profile = execute(plan, staging, show_progress=progress)
         finish(plan, records, staging.output)
         staging.publish()
     return MergeResult(
@@ -197,6 +208,7 @@ def execute_plan(plan: Plan, *, overwrite: bool = False, progress: bool = False)
         bytes_read=plan.read_bytes,
         bytes_written=plan.write_bytes,
         recipe=plan.recipe.describe(),
+        profile=profile,
     )
 
 
@@ -227,6 +239,33 @@ def _default_method(grouping: Grouping) -> str:
             without_fisher=lacking,
         )
     return METHODS.get("linear").name
+
+
+def _budget(memory: int | str, workers: int | None, io: str | None, device: str, processes: int) -> Budget:
+    if workers is not None and workers < 1:
+        raise UsageError(f"{workers} workers cannot work", hint="give --workers 1 or more")
+    if processes < 1:
+        raise UsageError(f"{processes} processes cannot work", hint="give --processes 1 or more")
+    kinds = [kind for kind in IO_KINDS if kind == io]
+    if io is not None and not kinds:
+        raise UsageError(f"{io!r} is no way of reading files", hint=f"--io {' or '.join(IO_KINDS)}")
+    if device != "cpu":
+        _check_device(device)
+    return Budget(parse_bytes(memory), workers, kinds[0] if kinds else None, device, processes)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"{name!r} is no device", hint="--device cpu or --device cuda") from None
+    if device.type != "cuda":
+        raise UsageError(f"arithmetic on {device.type!r} is not supported", hint="--device cpu or cuda")
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise UsageError(f"--device {name}: this machine has {count} usable GPUs", hint="--device cpu")
 
 
 def _target(grouping: Grouping, wanted: str | None) -> int:

@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from bigmerge.checkpoints.checkpoint import TensorSpec, read_json_object
+from bigmerge.checkpoints.dtypes import byte_count
 from bigmerge.checkpoints.fisher_facts import Moments
-from bigmerge.merging.plan import BLOCK, Plan
-from bigmerge.merging.windows import Window
+from bigmerge.merging import grid
+from bigmerge.merging.plan import Plan
+from bigmerge.merging.windows import WindowReader
 from bigmerge.progress import progress_bar
-from bigmerge.storage.mapping import Mappings
+from bigmerge.storage.inputs import InputFiles
 from bigmerge.storage.writing import write_json
 
+#: elements after which the kernel is asked to read on
+_AHEAD = 1 << 21
 
-def measure_moments(
-    plan: Plan, scratch: Path, mappings: Mappings, *, show_progress: bool
-) -> Mapping[str, list[list[Moments]]]:
-    """Moments of each companion that the method asks for: kind → model → merged tensor, in alignment order.
+
+class Statistics:
+    """What a method must know of whole tensors and whole models before the first block.
+
+    Args:
+        moments: companion → model → merged tensor, in the order of `names`.
+        names: of the merged tensors.
+
+    Attributes:
+        of_model: companion → model → moments over all merged tensors.
+    """
+
+    def __init__(self, moments: Mapping[str, list[list[Moments]]], names: Sequence[str]) -> None:
+        self._moments = moments
+        self._rows = {name: row for row, name in enumerate(names)}
+        self.of_model = {
+            kind: [sum(row, Moments(0.0, 0.0, 0)) for row in rows] for kind, rows in moments.items()
+        }
+
+    def of_tensor(self, name: str) -> dict[str, list[Moments]]:
+        """Companion → model → moments over the merged tensor `name`."""
+        row = self._rows[name]
+        return {kind: [of_model[row] for of_model in rows] for kind, rows in self._moments.items()}
+
+
+def measure(plan: Plan, scratch: Path, files: InputFiles, *, show_progress: bool) -> Statistics:
+    """The moments of each companion that the method asks for.
 
     Sums are taken in float64 over fixed blocks and folded in order, so they do not depend on the number of
     threads. What was measured is kept in `scratch` for a run that goes on.
@@ -50,12 +77,12 @@ def measure_moments(
         stop = threading.Event()
         with (
             progress_bar(total=total, unit="B", desc=f"measuring {kind}", show=show_progress) as bar,
-            ThreadPoolExecutor(plan.workers) as pool,
+            ThreadPoolExecutor(plan.schedule.workers) as pool,
         ):
             rows = []
             try:
                 for row in specs:
-                    futures = [pool.submit(_moments, spec, mappings, stop) for spec in row]
+                    futures = [pool.submit(_moments, spec, files, stop) for spec in row]
                     rows.append([])
                     for spec, future in zip(row, futures, strict=True):
                         rows[-1].append(future.result())
@@ -66,18 +93,21 @@ def measure_moments(
                 raise
         found[kind] = rows
         write_json(saved, {"moments": [[[m.total, m.squares, m.elements] for m in row] for row in rows]})
-    return found
+    return Statistics(found, [entry.name for entry in plan.alignment.merged])
 
 
-def _moments(spec: TensorSpec, mappings: Mappings, stop: threading.Event) -> Moments:
+def _moments(spec: TensorSpec, files: InputFiles, stop: threading.Event) -> Moments:
+    block_bytes = byte_count(spec.dtype, min(grid.BLOCK, spec.numel))
+    reader = WindowReader(files, slots=1, window_bytes=block_bytes)
     total = squares = 0.0
-    for first in range(0, spec.numel, BLOCK):
+    for first in range(0, spec.numel, grid.BLOCK):
         if stop.is_set():
             break
-        window = Window(spec, first, min(BLOCK, spec.numel - first), mappings)
-        window.populate()
+        if first % _AHEAD == 0:
+            reader.read_ahead(spec, first, min(2 * _AHEAD, spec.numel - first))
+        window = reader.read(0, spec, first, min(grid.BLOCK, spec.numel - first))
         block = window.tensor().to(torch.float64)
-        window.release()
+        reader.release(window)
         total += float(block.sum())
         squares += float(block.square_().sum())
     return Moments(total, squares, spec.numel)

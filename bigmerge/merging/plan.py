@@ -6,7 +6,6 @@ A plan is data; `bigmerge.merging.engine` carries it out.
 
 from __future__ import annotations
 
-import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -16,41 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from bigmerge.checkpoints.checkpoint import TensorSpec
-from bigmerge.checkpoints.dtypes import FLOATS, byte_count, itemsize
+from bigmerge.checkpoints.dtypes import FLOATS, byte_count
 from bigmerge.checkpoints.fisher_facts import Moments, recorded_moments
 from bigmerge.checkpoints.layout import Layout, lay_out
 from bigmerge.errors import OutputError, ResourceError
+from bigmerge.merging import grid
 from bigmerge.merging.alignment import Alignment, Kept, Merged, align
+from bigmerge.merging.budget import Budget, Schedule, fit
 from bigmerge.merging.recipe import Recipe
 from bigmerge.quantities import format_bytes, format_seconds
-from bigmerge.storage.digests import PIECE
-from bigmerge.storage.mapping import FOLIO
 from bigmerge.storage.staging import partial_path
-
-#: elements of one arithmetic block. The grid starts at each tensor's first element and never moves: vectorised
-#: arithmetic rounds a block's tail differently, so the grid is part of what fixes the result's bytes.
-BLOCK = 1 << 18
-#: elements of one step: what the journal records, what is digested as one piece
-STEP = PIECE
-DEFAULT_MEMORY = 256 << 20
-_MOST_WORKERS = 16
-#: what a run holds besides blocks and windows: threads, library code touched first, journal, progress
-_FIXED_BYTES = 32 << 20
-_PER_SPEC_BYTES = 400  # one tensor of one input: its description and its places in tables
-_PER_STEP_BYTES = 48
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a run may use.
-
-    Attributes:
-        memory: bytes of working memory beyond the interpreter and torch.
-        workers: most threads; None: one for each core. Fewer are used if memory is short.
-    """
-
-    memory: int = DEFAULT_MEMORY
-    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +42,8 @@ class Plan:
     """Attributes:
     tensors: every output tensor in the order of the output's files.
     dtypes: output dtype of each of `tensors`.
-    window: elements of each input that are mapped at a time.
-    peak_bytes: the working memory that the run will not exceed.
+    schedule: how the run is carried out within its budget.
+    memory: the budget's working memory in bytes.
     recorded: companion → for each model, the moments its header records, by tensor name in that file.
     measure: companions whose moments the method needs and a measuring pass has to find.
     """
@@ -80,9 +54,7 @@ class Plan:
     layout: Layout
     tensors: tuple[Merged | Kept, ...]
     dtypes: tuple[str, ...]
-    workers: int
-    window: int
-    peak_bytes: int
+    schedule: Schedule
     memory: int
     disk_free: int
     disk_needed: int
@@ -98,8 +70,8 @@ class Plan:
         """Step `number`, counted over all tensors in output order."""
         tensor = bisect_right(self.step_ends, number)
         first = self.step_ends[tensor - 1] if tensor else 0
-        start = (number - first) * STEP
-        return Step(number, tensor, start, min(STEP, self.numel(tensor) - start))
+        start = (number - first) * grid.STEP
+        return Step(number, tensor, start, min(grid.STEP, self.numel(tensor) - start))
 
     def numel(self, tensor: int) -> int:
         """Elements of the output tensor number `tensor`."""
@@ -108,7 +80,7 @@ class Plan:
 
     def inputs(self, tensor: int) -> list[TensorSpec]:
         """Everything that is read for the output tensor number `tensor`, in a fixed order."""
-        return inputs_of(self.tensors[tensor])
+        return self.tensors[tensor].inputs
 
     @property
     def read_bytes(self) -> int:
@@ -119,13 +91,13 @@ class Plan:
             for entry in self.alignment.merged
             for spec in entry.companions[kind]
         )
-        return measured + sum(spec.nbytes for entry in self.tensors for spec in inputs_of(entry))
+        return measured + sum(spec.nbytes for entry in self.tensors for spec in entry.inputs)
 
     @property
     def transfer_bytes(self) -> int:
         """Bytes that the steps read and write."""
         written = sum(byte_count(dtype, self.numel(number)) for number, dtype in enumerate(self.dtypes))
-        return written + sum(spec.nbytes for entry in self.tensors for spec in inputs_of(entry))
+        return written + sum(spec.nbytes for entry in self.tensors for spec in entry.inputs)
 
     def step_bytes(self, step: Step) -> int:
         """Bytes that one step reads and writes."""
@@ -152,10 +124,12 @@ class Plan:
             "warnings": list(self.alignment.warnings),
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
-            "peak_memory_bytes": self.peak_bytes,
+            "peak_memory_bytes": self.schedule.peak_bytes,
             "memory_budget_bytes": self.memory,
-            "workers": self.workers,
-            "window_elements": self.window,
+            "workers": self.schedule.workers,
+            "processes": self.schedule.processes,
+            "io": self.schedule.io,
+            "device": self.schedule.device,
             "measuring_pass": list(self.measure),
             "disk_free_bytes": self.disk_free,
             "disk_needed_bytes": self.disk_needed,
@@ -179,13 +153,17 @@ class Plan:
         )
         lines += describe_exceptions(self.alignment)
         seconds = (self.read_bytes + self.write_bytes) / 1e9
+        several = self.schedule.processes > 1
+        each = f" in each of {self.schedule.processes} processes" if several else ""
         lines += [
             f"reads {format_bytes(self.read_bytes)}"
             + (f" (a measuring pass over {', '.join(self.measure)} included)" if self.measure else "")
             + f", writes {format_bytes(self.write_bytes)} in {len(self.layout.shards)} file(s); "
             f"about {format_seconds(seconds)} at 1 GB/s",
-            f"working memory {format_bytes(self.peak_bytes)} of {format_bytes(self.memory)}, "
-            f"{self.workers} worker(s), {format_bytes(self.disk_free)} free on the disk",
+            f"working memory {format_bytes(self.schedule.peak_bytes)} of {format_bytes(self.memory)}"
+            f"{each}, {self.schedule.workers} worker(s), reading by {self.schedule.io}, arithmetic on "
+            f"{self.schedule.device}",
+            f"{format_bytes(self.disk_free)} free on the disk",
             f"output {self.out}",
         ]
         return "\n".join(lines)
@@ -204,18 +182,6 @@ def describe_exceptions(alignment: Alignment, most: int = 8) -> list[str]:
         lines.append(f"  {reason}: {', '.join(names[:most])}{more}")
     lines += [f"  warning: {warning}" for warning in alignment.warnings]
     return lines
-
-
-def inputs_of(entry: Merged | Kept) -> list[TensorSpec]:
-    """Every tensor that is read for one output tensor, in a fixed order: models, companions, base."""
-    if isinstance(entry, Kept):
-        return [entry.spec]
-    specs = list(entry.models)
-    for kind in sorted(entry.companions):
-        specs += entry.companions[kind]
-    if entry.base is not None:
-        specs.append(entry.base)
-    return specs
 
 
 def make_plan(recipe: Recipe, out: Path, budget: Budget) -> Plan:
@@ -246,16 +212,16 @@ def make_plan(recipe: Recipe, out: Path, budget: Budget) -> Plan:
     tensors = tuple(by_name[name] for name in layout.tensors)
     dtypes = tuple(dtype for dtype, _ in layout.tensors.values())
     numels = [target[name].numel for name in layout.tensors]
-    step_ends = tuple(accumulate(-(-numel // STEP) for numel in numels))
+    step_ends = tuple(accumulate(-(-numel // grid.STEP) for numel in numels))
     recorded, measure = _recorded_moments(recipe, alignment)
-    workers, window, peak = _fit(recipe, tensors, dtypes, step_ends[-1] if step_ends else 0, budget)
+    schedule = fit(recipe, tensors, dtypes, step_ends[-1] if step_ends else 0, budget)
 
     parent = next(parent for parent in out.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(parent).free
     held = _allocated(partial_path(out))
     needed = layout.nbytes + (16 << 20)
     plan = Plan(
-        recipe, out, alignment, layout, tensors, dtypes, workers, window, peak, budget.memory,
+        recipe, out, alignment, layout, tensors, dtypes, schedule, budget.memory,
         free, needed, recorded, measure, step_ends,
     )  # fmt: skip
     if needed > free + held:
@@ -288,52 +254,6 @@ def _recorded_moments(
 
 def _output_dtype(spec: TensorSpec, asked: str | None) -> str:
     return asked if asked is not None and spec.dtype in FLOATS else spec.dtype
-
-
-def _fit(
-    recipe: Recipe, tensors: tuple[Merged | Kept, ...], dtypes: tuple[str, ...], steps: int, budget: Budget
-) -> tuple[int, int, int]:
-    """(workers, window, peak bytes) that keep the budget."""
-    models = len(recipe.sources)
-    specs = sum(len(inputs_of(entry)) for entry in tensors)
-    fixed = _FIXED_BYTES + _PER_SPEC_BYTES * specs + _PER_STEP_BYTES * steps
-
-    def per_worker(window: int) -> int:
-        most = 0
-        for entry, dtype in zip(tensors, dtypes, strict=True):
-            inputs = inputs_of(entry)
-            numel = min(window, inputs[0].numel)
-            # Reading a page maps the large folio around it.
-            mapped = sum(byte_count(spec.dtype, numel) + min(2 * FOLIO, spec.nbytes) for spec in inputs)
-            written = byte_count(dtype, numel)
-            scratch = 0
-            if isinstance(entry, Merged):
-                width = 8 if compute_dtype(entry) == "F64" else 4
-                # One more for the base, and a block of masks and rounding aids.
-                scratch = (recipe.method.buffers(models) + 2) * min(BLOCK, numel) * width
-            most = max(most, mapped + written + scratch)
-        return most
-
-    costs = {window: per_worker(window) for window in (STEP, STEP // 2, BLOCK)}
-    most_workers = budget.workers or min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
-    for workers in range(most_workers, 0, -1):
-        for window, cost in costs.items():
-            peak = fixed + workers * cost
-            if peak <= budget.memory:
-                return workers, window, peak
-    least = fixed + costs[BLOCK]
-    raise ResourceError(
-        f"this merge needs at least {format_bytes(least)} of working memory, the budget is "
-        f"{format_bytes(budget.memory)}",
-        hint=f"--memory {-(-least // (1 << 20))}MiB",
-        needed=least,
-        budget=budget.memory,
-    )
-
-
-def compute_dtype(entry: Merged) -> str:
-    """The dtype of the arithmetic: float64 where any model stores float64, else float32."""
-    return "F64" if any(itemsize(spec.dtype) == 8 for spec in entry.models) else "F32"
 
 
 def _check_apart(recipe: Recipe, out: Path) -> None:

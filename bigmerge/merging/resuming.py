@@ -10,12 +10,13 @@ import xxhash
 from bigmerge.checkpoints.checkpoint import read_json_object
 from bigmerge.checkpoints.dtypes import byte_count
 from bigmerge.errors import ResumeError
-from bigmerge.merging.plan import BLOCK, Plan, Step
+from bigmerge.merging import grid
+from bigmerge.merging.plan import Plan, Step
 from bigmerge.merging.records import StepRecords
-from bigmerge.merging.windows import Window
+from bigmerge.merging.windows import WindowReader
 from bigmerge.progress import progress_bar
+from bigmerge.storage.inputs import InputFiles
 from bigmerge.storage.journal import Entry, Journal
-from bigmerge.storage.mapping import Mappings
 from bigmerge.storage.writing import CheckpointWriter, write_json
 
 log = logging.getLogger("bigmerge.merge")
@@ -25,7 +26,7 @@ def replay(
     plan: Plan,
     journal: Journal,
     writer: CheckpointWriter,
-    mappings: Mappings,
+    files: InputFiles,
     records: StepRecords,
     scratch: Path,
     *,
@@ -50,7 +51,7 @@ def replay(
         for entry in entries:
             step = plan.step(entry.number)
             if changed:
-                _check_inputs(plan, step, entry, changed, mappings, scratch)
+                _check_inputs(plan, step, entry, changed, files, scratch)
             if _stored_digest(plan, step, writer) == entry.output:
                 records.add(entry)
                 moved += plan.step_bytes(step)
@@ -74,17 +75,17 @@ def _stored_digest(plan: Plan, step: Step, writer: CheckpointWriter) -> bytes:
 
 
 def _check_inputs(
-    plan: Plan, step: Step, entry: Entry, changed: set[str], mappings: Mappings, scratch: Path
+    plan: Plan, step: Step, entry: Entry, changed: set[str], files: InputFiles, scratch: Path
 ) -> None:
     for spec, digest in zip(plan.inputs(step.tensor), entry.inputs, strict=True):
         if str(spec.path.resolve()) not in changed:
             continue
         found = xxhash.xxh3_64()
-        for first in range(step.start, step.start + step.count, BLOCK):
-            window = Window(spec, first, min(BLOCK, step.start + step.count - first), mappings)
-            window.populate()
-            found.update(window.raw())
-            window.release()
+        reader = WindowReader(files, slots=1, window_bytes=byte_count(spec.dtype, grid.BLOCK))
+        for first in range(step.start, step.start + step.count, grid.BLOCK):
+            window = reader.read(0, spec, first, min(grid.BLOCK, step.start + step.count - first))
+            found.update(window.raw)
+            reader.release(window)
         if found.digest() != digest:
             raise ResumeError(
                 f"{spec.path}: tensor {spec.name!r} has changed since the interrupted run read it",

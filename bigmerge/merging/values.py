@@ -11,28 +11,41 @@ from bigmerge.errors import CheckpointError
 from bigmerge.merging.windows import Window
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous 1-D tensor, without a copy."""
-    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy typing before 3.12
+def check_block(name: str, block: torch.Tensor, out: torch.Tensor, windows: Sequence[Window]) -> None:
+    """Check that every element of a merged block is finite and fits into the output's dtype.
 
-
-def check_block(name: str, block: torch.Tensor, dtype: torch.dtype, windows: Sequence[Window]) -> None:
-    """Check that every element of a merged block is finite and fits into the output's `dtype`.
+    Args:
+        name: of the tensor.
+        block: merged, in the compute dtype.
+        out: the same, converted.
+        windows: what it was made of.
 
     Raises:
         CheckpointError: not so; names the input element that is to blame, or the overflow.
     """
-    limit = torch.finfo(dtype).max
+    # What is not finite makes the sum so. The narrowest dtypes have no infinity to show an overflow.
+    if out.dtype.itemsize > 1 and torch.isfinite(out.sum()):
+        return
     low, high = torch.aminmax(block)
+    check_limits(name, float(low), float(high), out.dtype, windows)
+
+
+def check_limits(name: str, low: float, high: float, dtype: torch.dtype, windows: Sequence[Window]) -> None:
+    """Check that merged values from `low` to `high` are finite and fit into `dtype`.
+
+    Raises:
+        CheckpointError: see `check_block`.
+    """
+    limit = torch.finfo(dtype).max
     if low >= -limit and high <= limit:  # false for NaN too
         return
     for window in windows:
         _check_input(window)
-    _refuse_overflow(name, max(abs(float(low)), abs(float(high))), dtype)
+    _refuse_overflow(name, max(abs(low), abs(high)), dtype)
 
 
-def convert(name: str, window: Window, dtype: torch.dtype) -> torch.Tensor:
-    """An unmerged tensor's window in another dtype; infinities of the input stay infinities.
+def check_convertible(name: str, window: Window, dtype: torch.dtype) -> None:
+    """Check that an unmerged tensor's window fits into another dtype; infinities stay infinities.
 
     Raises:
         CheckpointError: a finite value does not fit.
@@ -43,7 +56,6 @@ def convert(name: str, window: Window, dtype: torch.dtype) -> torch.Tensor:
     finite = torch.where(torch.isfinite(wide), wide, torch.zeros_like(wide)).abs()
     if finite.numel() and (largest := float(finite.max())) > torch.finfo(dtype).max:
         _refuse_overflow(name, largest, dtype)
-    return stored.to(dtype)
 
 
 def _check_input(window: Window) -> None:

@@ -1,20 +1,23 @@
 """Input files, memory-mapped in windows that are populated before use and released after it.
 
 Populating a window first (`MADV_POPULATE_READ`, Linux 5.14) reads it in large requests, and turns a file that
-was truncated meanwhile into an ordinary error where touching the page would be a SIGBUS. Older kernels fall
-back to read-ahead advice and page faults.
+was truncated before into an ordinary error. Older kernels fall back to read-ahead advice and page faults. A file
+that is truncated between being populated and being read is found when its window is released
+(`bigmerge.storage.bus_errors`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from bigmerge.errors import CheckpointError
+from bigmerge.storage.bus_errors import watch_mapping
+from bigmerge.storage.reading import InputFile, ends_early, open_input
 
 _POPULATE_READ = 22  # linux/mman.h; not in Python's mmap module
 _PAGE = mmap.PAGESIZE
@@ -28,46 +31,45 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.restype = ctypes.c_int
 
 
-class MappedFile:
+class MappedFile(InputFile):
     """One input file, mapped read-only as a whole (address space only; pages come and go by window).
 
-    Attributes:
-        path: the file.
-        buffer: the mapping, for `torch.frombuffer`; empty files have an empty buffer.
+    Raises:
+        OSError: the file system cannot map files.
+        CheckpointError: the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._populate = True
+        self._descriptor, self.nbytes = open_input(path)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be opened ({error.strerror})", file=str(path)) from error
-        try:
-            self.nbytes = os.fstat(descriptor).st_size
-            self.buffer: mmap.mmap | bytes = (
-                mmap.mmap(descriptor, self.nbytes, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+            self._mapping: mmap.mmap | bytes = (
+                mmap.mmap(self._descriptor, self.nbytes, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
                 if self.nbytes
                 else b""
             )
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be memory-mapped ({error.strerror})", file=str(path)
-            ) from error
-        finally:
-            os.close(descriptor)
-        self._address = _address(self.buffer) if isinstance(self.buffer, mmap.mmap) else 0
+        except OSError:
+            os.close(self._descriptor)
+            raise
+        self._view = memoryview(self._mapping)
+        self._address = _address(self._mapping) if isinstance(self._mapping, mmap.mmap) else 0
+        self._watch = watch_mapping(self._address, self.nbytes)
 
-    def populate(self, start: int, nbytes: int) -> None:
-        """Bring the bytes into memory.
+    def read_ahead(self, start: int, nbytes: int) -> None:
+        if nbytes:
+            self._advise(start, nbytes, mmap.MADV_WILLNEED)
 
-        Raises:
-            CheckpointError: the file has become shorter or the device reports an error.
-        """
-        if nbytes == 0:
-            return
+    def read(self, start: int, nbytes: int, buffer: memoryview | None = None) -> memoryview:
+        del buffer
         if start + nbytes > self.nbytes:
-            raise CheckpointError(f"{self.path}: ends before byte {start + nbytes}", file=str(self.path))
+            raise ends_early(self.path, start + nbytes)
+        if nbytes:
+            self._bring(start, nbytes)
+        return self._view[start : start + nbytes]
+
+    def _bring(self, start: int, nbytes: int) -> None:
+        """Populate the pages."""
         if self._populate:
             code = self._advise(start, nbytes, _POPULATE_READ)
             if code == 0:
@@ -75,23 +77,31 @@ class MappedFile:
             if code != errno.EINVAL:
                 raise CheckpointError(
                     f"{self.path}: bytes {start} to {start + nbytes} cannot be read ({os.strerror(code)})",
-                    hint="the file was truncated or changed during the run, or the disk has an error",
+                    hint="the file was truncated or changed during the run, or the disk has an error; when it is "
+                    "mended, run the same command again",
                     file=str(self.path),
+                    errno=code,
                 )
             self._populate = False
         self._advise(start, nbytes, mmap.MADV_WILLNEED)
 
-    def read_ahead(self, start: int, nbytes: int) -> None:
-        """Have the kernel begin to read the bytes, without waiting."""
-        if nbytes:
-            self._advise(start, nbytes, mmap.MADV_WILLNEED)
-
     def release(self, start: int, nbytes: int) -> None:
-        """Take the bytes out of this process's resident memory (the kernel may keep them cached)."""
         if nbytes:
             first = start // FOLIO * FOLIO
             end = -(-(start + nbytes) // FOLIO) * FOLIO
             self._advise(first, min(end, self.nbytes) - first, mmap.MADV_DONTNEED)
+        # What lies behind a new end reads as zeros within its page, and is a fault beyond.
+        if self._watch.broken or os.fstat(self._descriptor).st_size < start + nbytes:
+            raise ends_early(self.path, start + nbytes)
+
+    def close(self) -> None:
+        self._watch.close()
+        os.close(self._descriptor)
+        self._view.release()
+        if isinstance(self._mapping, mmap.mmap):
+            # Where a tensor still looks at it, it goes with that tensor.
+            with contextlib.suppress(BufferError):
+                self._mapping.close()
 
     def _advise(self, start: int, nbytes: int, advice: int) -> int:
         first = start // _PAGE * _PAGE
@@ -127,17 +137,3 @@ class _PyBuffer(ctypes.Structure):
         ("suboffsets", ctypes.c_void_p),
         ("internal", ctypes.c_void_p),
     )
-
-
-class Mappings:
-    """Mapped files by path.
-
-    Raises:
-        CheckpointError: a file cannot be opened or mapped.
-    """
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._files = {path: MappedFile(path) for path in dict.fromkeys(paths)}
-
-    def __getitem__(self, path: Path) -> MappedFile:
-        return self._files[path]

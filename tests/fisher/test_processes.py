@@ -22,15 +22,15 @@ from bigmerge.errors import (
 )
 from bigmerge.fisher import launching
 from bigmerge.fisher.interruption import StopRequest
-from bigmerge.fisher.processes import (
+from bigmerge.fisher.notices import Notices
+from bigmerge.fisher.settings import DataSettings, FisherSettings, ProcessSettings
+from bigmerge.processes import (
     Group,
-    Notices,
     describe_error,
     read_error,
     restore_error,
     write_error,
 )
-from bigmerge.fisher.settings import DataSettings, FisherSettings, ProcessSettings
 
 
 def test_errors_travel_whole(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bigmerge.errors import ResumeError
-from bigmerge.fisher.processes import Group
 from bigmerge.fisher.state import Progress, SavedState
+from bigmerge.processes import Group
 
 DIVISION = {"batch_examples": 4}
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import bigmerge
 from bigmerge.checkpoints.dtypes import FLOATS, torch_dtype
 from bigmerge.errors import CheckpointError
-from bigmerge.merging import plan as planning
+from bigmerge.merging import grid
 from tests.conftest import file_bytes, normal, read_checkpoint, write_checkpoint
 
 SHAPES = {
@@ -36,12 +36,11 @@ def fisher_tensors(seed, dtype=torch.float32):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks, windows and steps so small that the test tensors have many of them."""
-    from bigmerge.merging import engine, measure, records, resuming
+    from bigmerge.merging import records
     from bigmerge.storage import digests
 
-    for module in (planning, engine, measure, resuming):
-        monkeypatch.setattr(module, "BLOCK", 256)
-    monkeypatch.setattr(planning, "STEP", 1024)
+    monkeypatch.setattr(grid, "BLOCK", 256)
+    monkeypatch.setattr(grid, "STEP", 1024)
     monkeypatch.setattr(digests, "PIECE", 1024)
     assert records.piece_count(1025) == 2
 

@@ -18,7 +18,8 @@ from bigmerge.checkpoints.layout import Layout
 from bigmerge.errors import AlignmentError, BigmergeError, OutputError, ResourceError, UsageError
 from bigmerge.merging import plan as module
 from bigmerge.merging.alignment import Merged
-from bigmerge.merging.plan import BLOCK, STEP, Plan
+from bigmerge.merging.grid import STEP
+from bigmerge.merging.plan import Plan
 from tests.building import write_fisher
 from tests.conftest import normal, write_checkpoint
 
@@ -70,7 +71,7 @@ def test_costs(both: list[Path], tmp_path: Path) -> None:
     assert plan.write_bytes == plan.layout.nbytes
     assert 0 < plan.write_bytes - size < 2000
     assert plan.transfer_bytes == plan.read_bytes + size
-    assert plan.peak_bytes <= plan.memory == 256 << 20
+    assert plan.schedule.peak_bytes <= plan.memory == 256 << 20
     assert plan.disk_needed >= plan.write_bytes
     assert plan.measure == ()
 
@@ -175,8 +176,7 @@ def test_a_budget_that_cannot_be_kept(both: list[Path], tmp_path: Path) -> None:
     assert caught.value.hint is not None
     enough = caught.value.hint.split()[1]
     plan = bigmerge.plan_merge(both, tmp_path / "out", memory=enough)
-    assert plan.peak_bytes <= plan.memory
-    assert plan.window == BLOCK
+    assert plan.schedule.peak_bytes <= plan.memory
     with pytest.raises(ResourceError):
         bigmerge.merge(both, tmp_path / "out", memory="1MiB")
 
@@ -191,10 +191,12 @@ def test_less_memory_means_smaller_windows_and_fewer_workers(
     least = caught.value.data["needed"]
     for memory in (1 << 30, 8 * least, 4 * least, 2 * least, least):
         plans.append(bigmerge.plan_merge(both, tmp_path / "out", memory=memory))
-        assert plans[-1].peak_bytes <= memory
-    assert [plan.workers for plan in plans] == sorted((plan.workers for plan in plans), reverse=True)
-    assert plans[0].workers == 8
-    assert plans[-1].workers == 1
+        assert plans[-1].schedule.peak_bytes <= memory
+    assert [plan.schedule.workers for plan in plans] == sorted(
+        (plan.schedule.workers for plan in plans), reverse=True
+    )
+    assert plans[0].schedule.workers == 8
+    assert plans[-1].schedule.workers == 1
 
 
 def test_a_disk_that_is_too_small(both: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,4 +315,4 @@ def test_every_refusal_is_one_of_ours_and_has_an_exit_code(inputs: Path, tmp_pat
 def test_float64_is_computed_in_float64(inputs: Path, tmp_path: Path) -> None:
     plan = bigmerge.plan_merge([inputs / "a", inputs / "b"], tmp_path / "out")
     entry = next(entry for entry in plan.tensors if isinstance(entry, Merged))
-    assert module.compute_dtype(entry) == "F32"
+    assert entry.compute_dtype == "F32"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from bigmerge.checkpoints.fisher_facts import Moments
-from bigmerge.merging.windows import BlockView, Scratch
-from bigmerge.methods.base import Method, build_method
+from bigmerge.merging.blocks import Scratch
+from bigmerge.methods.base import Method, View, build_method
 
 
 def moments(values: torch.Tensor) -> Moments:
@@ -40,18 +40,40 @@ def combine(
     known = {"fisher": [moments(torch.as_tensor(f)) for f in measured or fishers]} if fishers else {}
     weights = list(weights) if weights is not None else [1.0] * len(stored)
     method.check(weights)
-    count = stored[0].numel()
-    view = BlockView(
-        "tensor",
-        weights=weights,
-        target=target,
-        models=stored,
-        companions=companions,
-        specs={},
-        tensor_moments=known,
-        model_moments=known,
-        scratch=Scratch(max(count, 1), method.buffers(len(stored))),
-        dtype=dtype,
-    )
-    view.move(0, count)
+    view = VectorView(stored, companions, known, weights, target, method.buffers(len(stored)))
     return method.combine(view).clone()
+
+
+class VectorView(View):
+    """A view of whole vectors, which holds the method to the buffers that it claims."""
+
+    tensor = "tensor"
+
+    def __init__(
+        self,
+        models: Sequence[torch.Tensor],
+        companions: Mapping[str, Sequence[torch.Tensor]],
+        known: Mapping[str, Sequence[Moments]],
+        weights: Sequence[float],
+        target: int,
+        claimed: int,
+    ) -> None:
+        self.weights = weights
+        self.target = target
+        self.tensor_moments = self.model_moments = known
+        self._models = models
+        self._companions = companions
+        self._scratch = Scratch(max(1, models[0].numel()), claimed, torch.device("cpu"))
+
+    def theta(self, model: int) -> torch.Tensor:
+        return self.scratch().copy_(self._models[model])
+
+    def companion(self, kind: str, model: int) -> torch.Tensor:
+        return self.scratch().copy_(self._companions[kind][model])
+
+    def scratch(self) -> torch.Tensor:
+        return self._scratch.take(self._models[0].numel(), self._models[0].dtype)
+
+    def give_back(self, *buffers: torch.Tensor) -> None:
+        for buffer in buffers:
+            self._scratch.give_back(buffer)

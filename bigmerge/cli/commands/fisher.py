@@ -159,7 +159,7 @@ def fisher(
     The result is a checkpoint with the model's tensor names, which `bigmerge merge` finds by its name
     (MODEL-fisher) or by the fingerprint of the model recorded in it.
     """
-    from bigmerge.fisher.processes import joined_rank
+    from bigmerge.processes import joined_rank
 
     is_main = joined_rank() == 0
     console.set_up_logging(quiet=quiet or not is_main)

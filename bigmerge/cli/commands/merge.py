@@ -83,7 +83,23 @@ def merge(
     memory: Annotated[
         str, typer.Option(help="Working memory beyond the interpreter and torch; kept or refused.")
     ] = "256MiB",
-    workers: Annotated[int | None, typer.Option(help="Most threads. Default: one for each core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Most threads of each process. Default: the cores, divided.")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Processes that share the work on this machine, each within --memory.")
+    ] = 1,
+    io: Annotated[
+        str | None,
+        typer.Option(
+            help="How inputs are read: mmap; pread (network file systems, dozens of models in little memory); "
+            "direct (past the page cache). Default: mmap, or pread where memory is short.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the arithmetic is done: cpu, cuda, cuda:1, …")] = "cpu",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also print where the time went: read, compute, write, wait.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")
     ] = False,
@@ -130,13 +146,20 @@ def merge(
             shard_size=shard_size,
             memory=memory,
             workers=workers,
+            io=io,
+            device=device,
+            processes=processes,
             method_options=_given(method_options),
         )
         if dry_run:
             console.emit(plan.as_json(), plan.describe(), as_json=as_json)
             return
         result = execute_plan(plan, overwrite=overwrite, progress=not quiet)
-    console.emit(result.as_json(), describe_result(result, plan), as_json=as_json)
+    told, text = result.as_json(), describe_result(result, plan)
+    if profile:
+        told["profile"] = result.profile.as_json()
+        text += "\n" + result.profile.describe()
+    console.emit(told, text, as_json=as_json)
 
 
 def _with_method_options(signature: inspect.Signature) -> inspect.Signature:

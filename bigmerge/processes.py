@@ -1,16 +1,14 @@
-"""The processes that share an estimate: who this one is, and the few things that they say to each other.
+"""Processes that share a piece of work: who this one is, and the few things that they say to each other.
 
-Every process holds the whole model and its own sums; nothing is exchanged while examples are worked on. What
-remains is agreeing on errors, so that one message ends all of them, and one reduction at the end.
+Most of the time each works alone. What remains is agreeing on errors, so that one message ends all of them, and
+small exchanges before and after.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,13 +16,12 @@ from typing import Any, TypeVar
 import torch
 
 from bigmerge import errors
-from bigmerge.errors import BigmergeError, ResourceError
+from bigmerge.errors import BigmergeError
 
 T = TypeVar("T")
 
-#: nothing between two collectives takes longer, except the examples themselves, for which `Notices` wait
+#: nothing between two collectives may take longer; see `bigmerge.fisher.notices` for what does
 _PATIENCE = timedelta(hours=2)
-_POLL = 0.05
 
 
 def joined_world_size() -> int:
@@ -38,7 +35,7 @@ def joined_rank() -> int:
 
 
 class Group:
-    """The processes of one estimate, joined through Accelerate's `PartialState`.
+    """The processes of one job, joined through Accelerate's `PartialState`.
 
     Attributes:
         rank: this process, from 0.
@@ -135,74 +132,6 @@ class Group:
         if self._leave is not None:
             self._leave()
             self._leave = None
-
-
-class Notices:
-    """Small files through which processes that are busy with examples tell each other that they ended.
-
-    A collective would block: a process that waits in one cannot react to a signal, and GPU collectives give
-    up after a while, though one process may finish long before another.
-    """
-
-    def __init__(self, directory: Path, group: Group) -> None:
-        self._directory = directory
-        self._group = group
-
-    def clear(self) -> None:
-        """Forget what an earlier run left. For one process, before the others start."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for path in self._directory.glob("rank-*"):
-            path.unlink()
-
-    def done(self) -> None:
-        """Say that this process is through with its examples."""
-        self._path("done", self._group.rank).touch()
-
-    def failed(self, error: Exception) -> None:
-        """Say that this process cannot go on, and why."""
-        write_error(self._path("error", self._group.rank), error)
-
-    def check(self) -> None:
-        """Look whether another process has failed.
-
-        Raises:
-            BigmergeError: it has; this is its error.
-        """
-        if self._group.world == 1:
-            return
-        for path in sorted(self._directory.glob("rank-*.error")):
-            if path != self._path("error", self._group.rank):
-                raise read_error(path)
-
-    def wait(self, tick: Callable[[], None]) -> None:
-        """Wait until every process is through, calling `tick` now and then.
-
-        Raises:
-            BigmergeError: a process has failed; or whatever `tick` raises.
-        """
-        while any(not self._path("done", rank).exists() for rank in range(self._group.world)):
-            tick()
-            self.check()
-            time.sleep(_POLL)
-
-    def _path(self, kind: str, rank: int) -> Path:
-        return self._directory / f"rank-{rank}.{kind}"
-
-
-@contextmanager
-def device_memory(what: str) -> Iterator[None]:
-    """Within the block, too little memory on the device is one clear error about `what`.
-
-    Raises:
-        ResourceError: there is too little.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"the device's memory does not hold {what}",
-            hint="use a smaller --batch-size, --memory or --max-length, or --cpu",
-        ) from error
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:
