@@ -26,6 +26,8 @@ class BigmergeError(Exception):
     """Base of all errors that bigmerge raises on purpose."""
 
     exit_code: ClassVar[int] = 1
+    #: whether another process of the same job reports this error already
+    reported: bool = False
 
     def __init__(self, message: str, *, hint: str | None = None, **data: Any) -> None:
         super().__init__(message)

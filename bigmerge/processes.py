@@ -8,25 +8,33 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bigmerge import errors
 from bigmerge.errors import BigmergeError
 
+if TYPE_CHECKING:
+    import torch
+
 T = TypeVar("T")
 
-#: nothing between two collectives may take longer; see `bigmerge.fisher.notices` for what does
+#: nothing between two collectives may take longer; what does is waited for through `Notices`
 _PATIENCE = timedelta(hours=2)
+_POLL_SECONDS = 0.05
 
 
 def joined_world_size() -> int:
     """How many processes a launcher (accelerate launch, torchrun) has started this one among; 1 for none."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def joined_local_world_size() -> int:
+    """How many of the processes that a launcher has started run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def joined_rank() -> int:
@@ -44,6 +52,8 @@ class Group:
     """
 
     def __init__(self, *, cpu: bool) -> None:
+        import torch
+
         cpu = cpu or not torch.cuda.is_available()
         self.rank = 0
         self.world = 1
@@ -90,7 +100,9 @@ class Group:
             told = self.gather(None if failure is None else describe_error(failure))
             for rank, described in enumerate(told):
                 if described is not None and rank != self.rank:
-                    raise restore_error(described) from failure
+                    restored = restore_error(described)
+                    restored.reported = True
+                    raise restored from failure
                 if described is not None:
                     break
         if failure is not None:
@@ -116,6 +128,8 @@ class Group:
     def sum_to_main(self, tensor: torch.Tensor) -> None:
         """Add up `tensor` over all processes, in place on the main one; elsewhere it is spent."""
         if self.world > 1 and tensor.numel():
+            import torch
+
             torch.distributed.reduce(tensor, dst=0, op=torch.distributed.ReduceOp.SUM)
 
     def settle(self) -> None:
@@ -125,6 +139,8 @@ class Group:
         is aborted. A barrier has no such objects, and by its end those of what came before are gone.
         """
         if self.world > 1:
+            import torch
+
             torch.distributed.barrier()
 
     def close(self) -> None:
@@ -132,6 +148,58 @@ class Group:
         if self._leave is not None:
             self._leave()
             self._leave = None
+
+
+class Notices:
+    """Small files through which busy processes tell each other that they ended.
+
+    A collective would block: a process that waits in one cannot react to a signal, and GPU collectives give
+    up after a while, though one process may finish long before another.
+    """
+
+    def __init__(self, directory: Path, group: Group) -> None:
+        self._directory = directory
+        self._group = group
+
+    def clear(self) -> None:
+        """Forget what an earlier run left. For one process, before the others start."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in self._directory.glob("rank-*"):
+            path.unlink()
+
+    def done(self) -> None:
+        """Say that this process is through with its share."""
+        self._path("done", self._group.rank).touch()
+
+    def failed(self, error: Exception) -> None:
+        """Say that this process cannot go on, and why."""
+        write_error(self._path("error", self._group.rank), error)
+
+    def check(self) -> None:
+        """Look whether another process has failed.
+
+        Raises:
+            BigmergeError: it has; this is its error.
+        """
+        if self._group.world == 1:
+            return
+        for path in sorted(self._directory.glob("rank-*.error")):
+            if path != self._path("error", self._group.rank):
+                raise read_error(path)
+
+    def wait(self, tick: Callable[[], None]) -> None:
+        """Wait until every process is through, calling `tick` now and then.
+
+        Raises:
+            BigmergeError: a process has failed; or whatever `tick` raises.
+        """
+        while any(not self._path("done", rank).exists() for rank in range(self._group.world)):
+            tick()
+            self.check()
+            time.sleep(_POLL_SECONDS)
+
+    def _path(self, kind: str, rank: int) -> Path:
+        return self._directory / f"rank-{rank}.{kind}"
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         build_app()(args=arguments, prog_name="bigmerge")
     except BigmergeError as error:
-        console.report_error(error, as_json="--json" in arguments)
+        if not error.reported:
+            console.report_error(error, as_json="--json" in arguments)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         console.report_error(Interrupted("interrupted"), as_json=False)

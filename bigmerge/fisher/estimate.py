@@ -13,11 +13,12 @@ import torch
 from bigmerge.errors import BigmergeError, Interrupted, OutputError
 from bigmerge.fisher.batch import Batch
 from bigmerge.fisher.data import Rows
+from bigmerge.fisher.device_memory import device_memory
 from bigmerge.fisher.engines.base import Engine
 from bigmerge.fisher.interruption import StopRequest
-from bigmerge.fisher.notices import Notices, device_memory
 from bigmerge.fisher.state import Progress, SavedState
 from bigmerge.fisher.tasks.base import Task
+from bigmerge.processes import Notices
 
 logger = logging.getLogger("bigmerge.fisher")
 

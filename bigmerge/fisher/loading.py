@@ -14,7 +14,7 @@ import torch
 from bigmerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from bigmerge.checkpoints.hub import download, is_hub_name
 from bigmerge.errors import BigmergeError, CheckpointError, InputError, UsageError
-from bigmerge.fisher.notices import device_memory
+from bigmerge.fisher.device_memory import device_memory
 from bigmerge.fisher.tasks.base import TASKS, Task
 
 logger = logging.getLogger("bigmerge.fisher")

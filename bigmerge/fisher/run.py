@@ -16,11 +16,11 @@ import torch
 from bigmerge import __version__
 from bigmerge.errors import OutputError, ResourceError
 from bigmerge.fisher.batching import BatchLimits, make_batches
+from bigmerge.fisher.device_memory import device_memory
 from bigmerge.fisher.engines.base import ENGINES, Engine
 from bigmerge.fisher.engines.choice import choose_engine
 from bigmerge.fisher.estimate import Examples, add_examples
 from bigmerge.fisher.interruption import StopRequest
-from bigmerge.fisher.notices import Notices, device_memory
 from bigmerge.fisher.output import mean_values, write_fisher
 from bigmerge.fisher.prepare import (
     Prepared,
@@ -32,7 +32,7 @@ from bigmerge.fisher.prepare import (
 from bigmerge.fisher.self_check import self_check
 from bigmerge.fisher.settings import FisherSettings
 from bigmerge.fisher.state import Progress, SavedState
-from bigmerge.processes import Group
+from bigmerge.processes import Group, Notices
 from bigmerge.progress import progress_bar
 from bigmerge.quantities import format_bytes
 from bigmerge.storage.staging import Staging, check_free

@@ -24,6 +24,7 @@ import torch
 from bigmerge.checkpoints.layout import lay_out
 from bigmerge.errors import ResumeError
 from bigmerge.processes import Group
+from bigmerge.storage.staging import how_to_start_again
 from bigmerge.storage.writing import CheckpointWriter, sync_directory, write_json
 
 logger = logging.getLogger("bigmerge.fisher")
@@ -147,7 +148,7 @@ class SavedState:
         if len(set(carried)) != len(carried):
             raise ResumeError(
                 f"{self._directory}: examples are counted twice in the saved sums",
-                hint=f"remove {self._directory.parent} to start again",
+                hint=how_to_start_again(self._directory.parent),
             )
         # All files of the new generation exist by now; from this write on they are the ones that count.
         self._group.from_main(lambda: self._write_generation(old + 1, carried))
@@ -219,7 +220,7 @@ class SavedState:
     def _unusable(self, path: Path, error: Exception) -> ResumeError:
         return ResumeError(
             f"{path}: the saved sums cannot be read ({error})",
-            hint=f"remove {self._directory.parent} to start again",
+            hint=how_to_start_again(self._directory.parent),
             file=str(path),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from bigmerge.merging.profile import Profile
 from bigmerge.merging.recipe import DEFAULT_SHARD_BYTES, Recipe
 from bigmerge.merging.sources import Grouping, collect
 from bigmerge.methods.base import METHODS, build_method
+from bigmerge.processes import joined_local_world_size, joined_world_size
 from bigmerge.quantities import format_bytes, format_seconds, parse_bytes
 from bigmerge.storage.reading import IO_KINDS
 from bigmerge.storage.staging import Staging, check_free
@@ -190,14 +192,18 @@ def execute_plan(plan: Plan, *, overwrite: bool = False, progress: bool = False)
     """Carry out a plan from `plan_merge`; see `merge`."""
     from bigmerge.merging.execution import execute
     from bigmerge.merging.finishing import finish
+    from bigmerge.merging.ranks import execute_among_ranks
 
     started = time.monotonic()
     for warning in plan.alignment.warnings:
         log.warning("%s", warning)
-    with Staging(plan.out, plan.recipe.describe(), overwrite=overwrite) as staging:
-        records, profile = execute(plan, staging, show_progress=progress)
-        finish(plan, records, staging.output)
-        staging.publish()
+    if joined_world_size() > 1:
+        profile = execute_among_ranks(plan, overwrite=overwrite, show_progress=progress)
+    else:
+        with Staging(plan.out, plan.recipe.describe(), overwrite=overwrite) as staging:
+            records, profile = execute(plan, staging, show_progress=progress)
+            finish(plan, records, staging.output)
+            staging.publish()
     return MergeResult(
         out=plan.out,
         merged=tuple(entry.name for entry in plan.alignment.merged),
@@ -246,6 +252,13 @@ def _budget(memory: int | str, workers: int | None, io: str | None, device: str,
         raise UsageError(f"{workers} workers cannot work", hint="give --workers 1 or more")
     if processes < 1:
         raise UsageError(f"{processes} processes cannot work", hint="give --processes 1 or more")
+    if joined_world_size() > 1:
+        if processes > 1:
+            raise UsageError(
+                "--processes starts processes of its own, but a launcher has started this one among others",
+                hint="leave out --processes",
+            )
+        workers = workers or max(1, len(os.sched_getaffinity(0)) // joined_local_world_size())
     kinds = [kind for kind in IO_KINDS if kind == io]
     if io is not None and not kinds:
         raise UsageError(f"{io!r} is no way of reading files", hint=f"--io {' or '.join(IO_KINDS)}")

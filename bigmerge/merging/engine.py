@@ -63,7 +63,7 @@ def run_steps(
         stores: files, open.
         statistics: what the method must know of whole tensors and models.
         stored: called for every step that is on the disk.
-        moved: called now and then with the bytes read and written so far.
+        moved: called now and then with the bytes read and written so far; what it raises ends the run.
 
     Raises:
         Interrupted: Ctrl-C; what is finished stays and the next run goes on.
@@ -151,6 +151,9 @@ class _Run:
             except KeyboardInterrupt:
                 interrupted = True
                 self.stop.set()
+            except Exception as error:  # of `moved`
+                self.failure = self.failure or error
+                self.stop.set()
         if self.failure is not None:
             raise self.failure
         if interrupted and self.stored_count < self.step_count:
@@ -177,14 +180,16 @@ class _Run:
         for thread in workers:
             while thread.is_alive():
                 thread.join(_POLL_SECONDS)
-                moved(self.moved)
+                if not self.stop.is_set():
+                    moved(self.moved)
         watch.lap("read")  # nobody asks for it: the workers keep their own time
         while committer.is_alive():
             self.workers_done = True
             self.wake.set()
             committer.join(_POLL_SECONDS)
         watch.lap("wait")
-        moved(self.moved)
+        if not self.stop.is_set():
+            moved(self.moved)
 
     def _guard(self, work: Callable[[], None]) -> None:
         """Run a thread's work; the first failure stops all threads and is raised by the main thread."""

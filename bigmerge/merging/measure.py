@@ -19,6 +19,8 @@ from bigmerge.progress import progress_bar
 from bigmerge.storage.inputs import InputFiles
 from bigmerge.storage.writing import write_json
 
+#: where what was measured is kept, by companion
+MOMENTS = "moments-{}.json"
 #: elements after which the kernel is asked to read on
 _AHEAD = 1 << 21
 
@@ -64,7 +66,7 @@ def measure(plan: Plan, scratch: Path, files: InputFiles, *, show_progress: bool
                 for model, moments in enumerate(recorded)
             ]
             continue
-        saved = scratch / f"moments-{kind}.json"
+        saved = scratch / MOMENTS.format(kind)
         if saved.exists():
             rows = read_json_object(saved)["moments"]
             found[kind] = [[Moments(*values) for values in row] for row in rows]

@@ -6,6 +6,7 @@ A plan is data; `bigmerge.merging.engine` carries it out.
 
 from __future__ import annotations
 
+import json
 import shutil
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from bigmerge.checkpoints.checkpoint import TensorSpec
 from bigmerge.checkpoints.dtypes import FLOATS, byte_count
@@ -82,6 +85,10 @@ class Plan:
         """Everything that is read for the output tensor number `tensor`, in a fixed order."""
         return self.tensors[tensor].inputs
 
+    def input_paths(self) -> list[Path]:
+        """Every file that is read."""
+        return list(dict.fromkeys(spec.path for entry in self.tensors for spec in entry.inputs))
+
     @property
     def read_bytes(self) -> int:
         """Bytes read by the measuring pass and the merge."""
@@ -108,6 +115,14 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         return self.layout.nbytes
+
+    def fingerprint(self) -> str:
+        """Of what the result's bytes depend on: equal for plans of the same merge."""
+        described = json.dumps(
+            [self.recipe.describe(), [(shard.filename, shard.nbytes) for shard in self.layout.shards]],
+            sort_keys=True,
+        )
+        return str(xxhash.xxh3_128(described.encode()).hexdigest())
 
     def as_json(self) -> dict[str, Any]:
         """What `--dry-run --json` prints."""

@@ -58,15 +58,6 @@ class Profile:
             },
         }
 
-    @classmethod
-    def from_json(cls, told: dict[str, Any]) -> Profile:
-        """The profile that `as_json` described."""
-        return cls(
-            {stage: told[stage]["seconds"] for stage in STAGES},
-            {stage: told[stage]["bytes"] for stage in STAGES},
-            told["workers"],
-        )
-
     def describe(self) -> str:
         """What `--profile` prints."""
         lines = [f"{'stage':8} {'bytes':>12} {'seconds':>9} {'GB/s':>7}"]

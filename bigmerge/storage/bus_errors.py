@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-_SIGINFO = 4  # SA_SIGINFO
+_FLAGS = 4 | 0x40000000  # SA_SIGINFO | SA_NODEFER: a signal that is passed on arrives at once
 _NONEXISTENT = 2  # BUS_ADRERR: the mapping has no page there. Not a hardware error, not sent by a process.
 _FIXED_ANONYMOUS = 0x10 | 0x20 | 0x02  # MAP_FIXED | MAP_ANONYMOUS | MAP_PRIVATE
 _PAGE = mmap.PAGESIZE
@@ -105,12 +105,15 @@ def _forget(watch: Watch) -> None:
 
 
 def _install() -> None:
-    action = _Action(handler=ctypes.cast(_handler, ctypes.c_void_p), flags=_SIGINFO)
+    action = _Action(handler=ctypes.cast(_handler, ctypes.c_void_p), flags=_FLAGS)
     _libc.sigaction(signal.SIGBUS, ctypes.byref(action), ctypes.byref(_before))
 
 
 def _restore() -> None:
-    _libc.sigaction(signal.SIGBUS, ctypes.byref(_before), None)
+    now = _Action()
+    _libc.sigaction(signal.SIGBUS, None, ctypes.byref(now))
+    if now.handler == ctypes.cast(_handler, ctypes.c_void_p).value:  # else someone has put in another since
+        _libc.sigaction(signal.SIGBUS, ctypes.byref(_before), None)
 
 
 def _on_fault(number: int, information: int, context: int) -> None:
@@ -127,10 +130,12 @@ def _on_fault(number: int, information: int, context: int) -> None:
                     return
     except Exception:
         pass
-    # Not ours. The fault comes again, or what a process sent is sent again, and meets the old handler.
+    # Not ours. The fault comes again and meets the old handler; what a process has sent is passed on to it.
     _restore()
     if told.code != _NONEXISTENT:
         signal.raise_signal(signal.SIGBUS)
+        if _watches:  # it has survived
+            _install()
 
 
 _Handler: Callable[..., Any] = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)

@@ -6,13 +6,15 @@ of the input pieces, and a checksum of the line itself. A torn or damaged line e
 
 from __future__ import annotations
 
+import fcntl
 import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigmerge.storage.writing import output_errors
+from bigmerge.errors import OutputError
+from bigmerge.storage.writing import output_errors, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +29,27 @@ class Entry:
 class Journal:
     """The journal in the file `path`, as a context manager; `replay` first, then `append`.
 
+    One process at a time: the file is locked until the process ends, however it ends.
+
     Raises:
-        OutputError: the disk is full or reports an error.
+        OutputError: another process has it open, the disk is full or reports an error.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with output_errors(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise OutputError(
+                f"{path}: another process is writing it",
+                hint="wait until it has ended; it belongs to a run that was stopped or still goes on",
+                file=str(path),
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
     def replay(self) -> Iterator[Entry]:
         """The entries of earlier runs. What follows the last whole line is cut off when they are exhausted."""
@@ -62,6 +77,15 @@ class Journal:
 
     def __exit__(self, *exception: object) -> None:
         os.close(self._descriptor)
+
+
+def rewrite_journal(path: Path, entries: Iterable[Entry]) -> None:
+    """Replace the journal at once and durably; it holds `entries` alone.
+
+    Raises:
+        OutputError: the disk is full or refuses.
+    """
+    write_text(path, "".join(_line(entry).decode("ascii") for entry in entries))
 
 
 def _line(entry: Entry) -> bytes:

@@ -75,13 +75,7 @@ class MappedFile(InputFile):
             if code == 0:
                 return
             if code != errno.EINVAL:
-                raise CheckpointError(
-                    f"{self.path}: bytes {start} to {start + nbytes} cannot be read ({os.strerror(code)})",
-                    hint="the file was truncated or changed during the run, or the disk has an error; when it is "
-                    "mended, run the same command again",
-                    file=str(self.path),
-                    errno=code,
-                )
+                raise self._unreadable(start, nbytes, os.strerror(code))
             self._populate = False
         self._advise(start, nbytes, mmap.MADV_WILLNEED)
 
@@ -91,8 +85,18 @@ class MappedFile(InputFile):
             end = -(-(start + nbytes) // FOLIO) * FOLIO
             self._advise(first, min(end, self.nbytes) - first, mmap.MADV_DONTNEED)
         # What lies behind a new end reads as zeros within its page, and is a fault beyond.
-        if self._watch.broken or os.fstat(self._descriptor).st_size < start + nbytes:
+        if os.fstat(self._descriptor).st_size < start + nbytes:
             raise ends_early(self.path, start + nbytes)
+        if self._watch.broken:
+            raise self._unreadable(start, nbytes, "a page was missing when it was used")
+
+    def _unreadable(self, start: int, nbytes: int, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: bytes {start} to {start + nbytes} cannot be read ({reason})",
+            hint="the file was truncated or changed during the run, or the disk has an error; when it is "
+            "mended, run the same command again",
+            file=str(self.path),
+        )
 
     def close(self) -> None:
         self._watch.close()

@@ -29,6 +29,7 @@ _CHECKPOINT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_SUFFIX = ".partial"
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
@@ -36,7 +37,13 @@ _RENAME_EXCHANGE = 2
 
 def partial_path(out: Path) -> Path:
     """The staging directory of `out`."""
-    return out.with_name(out.name + ".partial")
+    return out.with_name(out.name + _SUFFIX)
+
+
+def how_to_start_again(scratch: Path) -> str:
+    """The hint on how to give up the unfinished work in `scratch`."""
+    out = scratch.with_name(scratch.name.removesuffix(_SUFFIX))
+    return f"`bigmerge merge --discard -o {out}` removes the unfinished work, to start again"
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:
@@ -68,6 +75,44 @@ def check_free(out: Path, *, overwrite: bool) -> None:
             if not parent.is_dir():
                 raise OutputError(f"{parent}: is no directory", file=str(parent))
             break
+
+
+def discard(out: Path) -> int:
+    """Remove the unfinished work towards `out`, and nothing else; returns the bytes that it occupied.
+
+    Raises:
+        OutputError: there is none, another process works on it, or it cannot be removed.
+    """
+    scratch = partial_path(out)
+    lock = scratch / "lock"
+    if not os.path.lexists(scratch):
+        raise OutputError(f"{scratch}: there is no unfinished work", file=str(scratch))
+    if scratch.is_symlink() or not lock.is_file():
+        raise OutputError(
+            f"{scratch}: is no unfinished work of bigmerge, so it is not removed",
+            hint="look at what is in it; if it may go, remove it yourself",
+            file=str(scratch),
+        )
+    with output_errors(scratch):
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _take_lock(descriptor, out)
+            nbytes = sum(path.lstat().st_blocks * 512 for path in scratch.rglob("*"))
+            shutil.rmtree(scratch)
+        finally:
+            os.close(descriptor)
+    return nbytes
+
+
+def _take_lock(descriptor: int, out: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(
+            f"{out}: another process is writing it",
+            hint="wait for it to end, or choose another output",
+            file=str(out),
+        ) from None
 
 
 def _replaceable(out: Path) -> bool:
@@ -114,15 +159,8 @@ class Staging:
                 f"{error.filename or self.scratch}: cannot be made ({error.strerror})", file=str(self.scratch)
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._unlock()
-            raise OutputError(
-                f"{self.out}: another process is writing it",
-                hint="wait for it to end, or choose another output",
-                file=str(self.out),
-            ) from None
-        try:
+            with output_errors(self.scratch):
+                _take_lock(self._lock, self.out)
             self._check_still_there()
             self._take_up()
         except BaseException:
@@ -163,7 +201,7 @@ class Staging:
         except (OSError, ValueError, RecursionError) as error:
             raise ResumeError(
                 f"{record}: cannot be read ({error})",
-                hint=f"remove {self.scratch} to start again",
+                hint=how_to_start_again(self.scratch),
                 file=str(record),
             ) from error
         differences = list(_differences(earlier, self._run))
@@ -171,7 +209,7 @@ class Staging:
             raise ResumeError(
                 f"{self.scratch}: holds unfinished work of another run; what differs:\n    "
                 + "\n    ".join(differences),
-                hint=f"repeat the earlier command to finish it, or remove {self.scratch} to start again",
+                hint=f"repeat the earlier command to finish it; {how_to_start_again(self.scratch)}",
                 file=str(self.scratch),
                 differences=differences,
             )

@@ -36,6 +36,17 @@ class CheckpointWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def open(self) -> None:
+        """Open the files that another process has created.
+
+        Raises:
+            OutputError: they are not there.
+        """
+        for number, shard in enumerate(self.layout.shards):
+            path = self.directory / shard.filename
+            with output_errors(path):
+                self._descriptors[number] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
     def create(self) -> None:
         """Open every file, reserve its space on the disk and write its header and the index.
 
@@ -76,10 +87,23 @@ class CheckpointWriter:
         start_writeback(descriptor, position, len(data))
 
     def read(self, name: str, offset: int, nbytes: int) -> bytes:
-        """The `nbytes` bytes at byte `offset` of the tensor `name` as they are stored now."""
+        """The `nbytes` bytes at byte `offset` of the tensor `name` as they are stored now.
+
+        Raises:
+            OutputError: the disk reports an error.
+        """
         number = self.layout.shard_of[name]
         shard = self.layout.shards[number]
-        return os.pread(self._descriptors[number], nbytes, shard.starts[name] + offset)
+        start = shard.starts[name] + offset
+        data = bytearray(nbytes)
+        done = 0
+        with output_errors(self.directory / shard.filename):
+            while done < nbytes:
+                count = os.preadv(self._descriptors[number], [memoryview(data)[done:]], start + done)
+                if count == 0:
+                    raise OSError(errno.EIO, "it is shorter than it was made")
+                done += count
+        return bytes(data)
 
     def sync(self, names: Iterable[str] | None = None) -> None:
         """Wait until the files that hold `names` (default: all) are on the disk.

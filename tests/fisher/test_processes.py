@@ -22,10 +22,10 @@ from bigmerge.errors import (
 )
 from bigmerge.fisher import launching
 from bigmerge.fisher.interruption import StopRequest
-from bigmerge.fisher.notices import Notices
 from bigmerge.fisher.settings import DataSettings, FisherSettings, ProcessSettings
 from bigmerge.processes import (
     Group,
+    Notices,
     describe_error,
     read_error,
     restore_error,

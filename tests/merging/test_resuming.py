@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import bigmerge
-from bigmerge.errors import BigmergeError, OutputError, ResumeError
+from bigmerge.errors import BigmergeError, CheckpointError, OutputError, ResumeError
 from bigmerge.merging import engine
-from tests.conftest import file_bytes, normal, write_checkpoint
+from tests.building import write_fisher
+from tests.conftest import file_bytes, normal, read_checkpoint, write_checkpoint
 
 COUNT = 40_000_000  # elements: 39 steps
 
@@ -93,9 +94,9 @@ def slow_merge(models, out, stall_after=1000):
 
 
 def wait_for_steps(out, count, process):
-    journal = out.with_name(out.name + ".partial") / "journal"
+    partial = out.with_name(out.name + ".partial")
     deadline = time.monotonic() + 60
-    while not journal.exists() or journal.read_bytes().count(b"\n") < count:
+    while sum(journal.read_bytes().count(b"\n") for journal in partial.glob("journal*")) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -109,7 +110,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(models, expected, tmp
     process.kill()
     process.communicate()
     assert not out.exists()
-    journal = tmp_path / "out.partial" / "journal"
+    journal = tmp_path / "out.partial" / "journal-0"
     done = journal.read_bytes().count(b"\n")
     assert done >= steps
     bigmerge.merge(models, out)
@@ -129,7 +130,7 @@ def test_signals_leave_a_resumable_state_and_say_so(models, expected, tmp_path, 
     assert "run the same command again" in stderr
     assert "Traceback" not in stderr
     assert not out.exists()
-    done = (tmp_path / "out.partial" / "journal").read_bytes().count(b"\n")
+    done = (tmp_path / "out.partial" / "journal-0").read_bytes().count(b"\n")
     second = start(models, out)
     _, stderr = second.communicate(timeout=120)
     assert second.returncode == 0, stderr
@@ -165,7 +166,7 @@ def interrupted(models, tmp_path, monkeypatch, **options):
 
 def test_a_torn_journal_costs_only_its_end(models, expected, tmp_path, monkeypatch):
     partial = interrupted(models, tmp_path, monkeypatch)
-    journal = partial / "journal"
+    journal = partial / "journal-0"
     whole = journal.read_bytes()
     journal.write_bytes(whole[: len(whole) - 17])
     bigmerge.merge(models, tmp_path / "out")
@@ -182,7 +183,7 @@ def test_output_that_is_not_what_the_journal_says_is_made_again(
         file.write(b"\x01\x02\x03")
     with caplog.at_level("WARNING", logger="bigmerge"):
         bigmerge.merge(models, tmp_path / "out")
-    assert "1 steps were not stored as the journal says" in caplog.text
+    assert "1 steps cannot be trusted" in caplog.text
     assert file_bytes(tmp_path / "out") == expected
 
 
@@ -210,16 +211,74 @@ def copy_of(models, tmp_path):
     return copies
 
 
-def test_inputs_that_changed_meanwhile_are_refused(models, tmp_path, monkeypatch):
-    copies = copy_of(models, tmp_path)
-    interrupted(copies, tmp_path, monkeypatch)
-    weights = copies[1] / "model.safetensors"
-    with weights.open("r+b") as file:  # in the second step's data, where no fingerprint sample lies
+def change(path):
+    """Change a few bytes in the second step's data, where no fingerprint sample lies, and hide it."""
+    before = path.stat()
+    with path.open("r+b") as file:
         file.seek(3_000_000)
         file.write(b"\x01\x02\x03")
-    with pytest.raises(ResumeError, match=r"m1.*'a' has changed since the interrupted run read it"):
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_what_was_read_from_an_input_that_changed_is_done_again(models, tmp_path, monkeypatch, caplog):
+    copies = copy_of(models, tmp_path)
+    interrupted(copies, tmp_path, monkeypatch)
+    change(copies[1] / "model.safetensors")
+    with caplog.at_level("WARNING", logger="bigmerge"):
         bigmerge.merge(copies, tmp_path / "out")
+    assert f"changed since the interrupted run: {copies[1] / 'model.safetensors'}" in caplog.text
+    assert "1 steps cannot be trusted" in caplog.text
+    bigmerge.merge(copies, tmp_path / "anew")
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "anew")
+
+
+def test_sums_of_a_fisher_that_changed_are_measured_again(models, tmp_path, monkeypatch, caplog):
+    copies = copy_of(models, tmp_path)
+    for copy in copies:
+        squares = {name: value.abs() for name, value in read_checkpoint(copy).items()}
+        write_fisher(copy.with_name(copy.name + "-fisher"), squares, model=copy, sums=False)
+    sources = [*copies, *(copy.with_name(copy.name + "-fisher") for copy in copies)]
+    interrupted(sources, tmp_path, monkeypatch)
+    fisher = next(sources[-1].glob("*.safetensors"))
+    with fisher.open("r+b") as file:  # where no fingerprint sample lies
+        file.seek(3_000_000)
+        file.write(torch.tensor([5e4], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    with caplog.at_level("WARNING", logger="bigmerge"):
+        bigmerge.merge(sources, tmp_path / "out")
+    assert "what was measured of the inputs has changed; all steps are done again" in caplog.text
+    bigmerge.merge(sources, tmp_path / "anew")
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "anew")
+
+
+@pytest.mark.parametrize("put_back", [True, False])
+def test_an_input_that_changes_during_the_run_is_never_merged_half(
+    models, expected, tmp_path, monkeypatch, put_back
+):
+    copies = copy_of(models, tmp_path)
+    weights = copies[1] / "model.safetensors"
+    before = weights.read_bytes()
+    original = engine._Run.finished
+
+    def change_after(self, entry, *arguments):
+        original(self, entry, *arguments)
+        if entry.number == 0:
+            change(weights)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._Run, "finished", change_after)
+        with pytest.raises(CheckpointError, match=r"m1.*changed while it was being merged"):
+            bigmerge.merge(copies, tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
+    if put_back:
+        stamps = weights.stat()
+        weights.write_bytes(before)
+        os.utime(weights, ns=(stamps.st_atime_ns, stamps.st_mtime_ns))
+    bigmerge.merge(copies, tmp_path / "out")
+    if put_back:
+        assert file_bytes(tmp_path / "out") == expected
+    else:
+        bigmerge.merge(copies, tmp_path / "anew")
+        assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "anew")
 
 
 def test_inputs_that_were_only_touched_are_accepted(models, expected, tmp_path, monkeypatch):

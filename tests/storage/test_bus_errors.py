@@ -125,5 +125,12 @@ assert hits == [1]
 three = watched(array)
 os.kill(os.getpid(), signal.SIGBUS)
 assert hits == [1, 1], "a handler written in Python is asked too"
+os.truncate(path, 0)
+assert array[2 * PAGE] == 0
+assert three.broken, "and faults are still seen to"
+signal.signal(signal.SIGBUS, signal.SIG_IGN)
+three.close()
+os.kill(os.getpid(), signal.SIGBUS)
+assert hits == [1, 1], "a handler that came later stays"
 """)  # fmt: skip
     assert done.returncode == 0, done.stderr

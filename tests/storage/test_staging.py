@@ -121,7 +121,7 @@ def test_a_damaged_record_is_never_taken_up(out: Path, content: str) -> None:
     (partial_path(out) / "run.json").write_text(content, encoding="latin-1")
     with pytest.raises(ResumeError) as caught, Staging(out, RUN):
         pass
-    assert f"remove {partial_path(out)} to start again" in str(caught.value)
+    assert f"`bigmerge merge --discard -o {out}` removes" in str(caught.value)
 
 
 @pytest.mark.parametrize("missing", ["run.json", "output"])

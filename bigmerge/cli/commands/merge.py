@@ -103,6 +103,9 @@ def merge(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")
     ] = False,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Remove the unfinished work towards the output, and stop.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")
     ] = False,
@@ -118,13 +121,26 @@ def merge(
     """
     from bigmerge.errors import UsageError
     from bigmerge.merging.api import describe_result, execute_plan, plan_merge
-    from bigmerge.storage.staging import check_free
+    from bigmerge.processes import joined_rank
+    from bigmerge.quantities import format_bytes
+    from bigmerge.storage.staging import check_free, partial_path
+    from bigmerge.storage.staging import discard as remove_unfinished
 
+    told_by_another = joined_rank() > 0  # of the processes that a launcher has started, one speaks
+    quiet = quiet or told_by_another
     console.set_up_logging(quiet=quiet)
     if out is None:
         raise UsageError("where should the merged model go?", hint="-o DIRECTORY")
     if out.name.endswith((".safetensors", ".bin", ".pt")):
         raise UsageError(f"{out}: the output is a directory", hint=f"-o {out.with_suffix('')}")
+    if discard:
+        if sources or model:
+            raise UsageError("--discard takes no models: it removes what another merge has left unfinished")
+        removed = remove_unfinished(out)
+        told = {"discarded": str(partial_path(out)), "bytes": removed}
+        text = f"removed {partial_path(out)}, {format_bytes(removed)}"
+        console.emit(told, text, as_json=as_json)
+        return
     with console.interruptible(), console.sigterm_as_interrupt():
         if not dry_run:
             check_free(out, overwrite=overwrite)
@@ -152,14 +168,16 @@ def merge(
             method_options=_given(method_options),
         )
         if dry_run:
-            console.emit(plan.as_json(), plan.describe(), as_json=as_json)
+            if not told_by_another:
+                console.emit(plan.as_json(), plan.describe(), as_json=as_json)
             return
         result = execute_plan(plan, overwrite=overwrite, progress=not quiet)
     told, text = result.as_json(), describe_result(result, plan)
     if profile:
         told["profile"] = result.profile.as_json()
         text += "\n" + result.profile.describe()
-    console.emit(told, text, as_json=as_json)
+    if not told_by_another:
+        console.emit(told, text, as_json=as_json)
 
 
 def _with_method_options(signature: inspect.Signature) -> inspect.Signature:
