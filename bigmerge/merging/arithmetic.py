@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bigmerge.checkpoints.dtypes import BITS, torch_dtype
-from bigmerge.merging import grid
 from bigmerge.merging.alignment import Merged
 from bigmerge.merging.blocks import BlockView, Scratch
 from bigmerge.merging.measure import Statistics
@@ -33,7 +32,7 @@ class Arithmetic(ABC):
         self.plan = plan
         self._statistics = statistics
         recipe = plan.recipe
-        self._scratch = Scratch(grid.BLOCK, recipe.method.buffers(len(recipe.sources)) + 1, device)
+        self._scratch = Scratch(plan.schedule.block, recipe.method.buffers(len(recipe.sources)) + 1, device)
         self._view: BlockView | None = None
         self._number = -1
 
@@ -103,4 +102,4 @@ class HostArithmetic(Arithmetic):
 
 def output_window_bytes(plan: Plan) -> int:
     """Bytes of the largest window of the output."""
-    return max((-(-BITS[dtype] * grid.BLOCK // 8) for dtype in plan.dtypes), default=0)
+    return max((-(-BITS[dtype] * plan.schedule.block // 8) for dtype in plan.dtypes), default=0)

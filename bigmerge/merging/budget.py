@@ -52,6 +52,7 @@ class Schedule:
 
     Attributes:
         workers: threads of each process.
+        block: elements that are read, computed and written at a time.
         processes: processes on this machine.
         io: how inputs are read.
         device: where the arithmetic is done.
@@ -63,6 +64,7 @@ class Schedule:
     """
 
     workers: int
+    block: int
     processes: int
     io: IO
     device: str
@@ -76,7 +78,7 @@ class Schedule:
 def fit(
     recipe: Recipe, tensors: Sequence[Merged | Kept], dtypes: Sequence[str], steps: int, budget: Budget
 ) -> Schedule:
-    """The schedule with the most workers that keeps `budget`.
+    """The schedule with the most workers, and the largest blocks, that keeps `budget`.
 
     Args:
         recipe: the merge.
@@ -94,21 +96,33 @@ def fit(
         kinds: tuple[IO, ...] = (budget.io,)
     else:
         kinds = ("pread",) if staged else ("mmap", "pread")
+    depth = _STAGED_DEPTH if staged else 0
     schedules = []
     for io in kinds:
-        depth = _STAGED_DEPTH if staged else 0
-        sets = 1 + depth + (io == "direct")  # direct reads go on in the background, into a set of their own
-        cost, slots, window_bytes = _of_one_worker(recipe, tensors, dtypes, io, sets, depth)
-        workers = min(most, max(1, (budget.memory - fixed) // cost))
-        schedules.append(
-            Schedule(
-                workers, budget.processes, io, budget.device, depth, sets, slots, window_bytes,
-                fixed + workers * cost,
+        for block in grid.BLOCKS:
+            sets = (
+                1 + depth + (io == "direct")
+            )  # direct reads go on in the background, into a set of their own
+            cost, slots, window_bytes = _of_one_worker(recipe, tensors, dtypes, io, block, sets, depth)
+            workers = min(most, max(1, (budget.memory - fixed) // cost))
+            peak = fixed + workers * cost
+            schedules.append(
+                Schedule(
+                    workers,
+                    block,
+                    budget.processes,
+                    io,
+                    budget.device,
+                    depth,
+                    sets,
+                    slots,
+                    window_bytes,
+                    peak,
+                )
             )
-        )  # fmt: skip
     fitting = [schedule for schedule in schedules if schedule.peak_bytes <= budget.memory]
     if fitting:
-        return max(fitting, key=lambda schedule: schedule.workers)  # of equals the first
+        return max(fitting, key=lambda schedule: (schedule.workers, schedule.block))  # of equals the first
     least = min(schedule.peak_bytes for schedule in schedules)
     raise ResourceError(
         f"this merge needs at least {format_bytes(least)} of working memory, the budget is "
@@ -120,13 +134,19 @@ def fit(
 
 
 def _of_one_worker(
-    recipe: Recipe, tensors: Sequence[Merged | Kept], dtypes: Sequence[str], io: IO, sets: int, depth: int
+    recipe: Recipe,
+    tensors: Sequence[Merged | Kept],
+    dtypes: Sequence[str],
+    io: IO,
+    block: int,
+    sets: int,
+    depth: int,
 ) -> tuple[int, int, int]:
     """(bytes, slots, bytes of the largest window) of one worker."""
     slots = window_bytes = most = 0
     for entry, dtype in zip(tensors, dtypes, strict=True):
         inputs = entry.inputs
-        count = min(grid.BLOCK, inputs[0].numel)
+        count = min(block, inputs[0].numel)
         windows = [byte_count(spec.dtype, count) for spec in inputs]
         slots = max(slots, len(inputs))
         window_bytes = max(window_bytes, *windows)

@@ -18,7 +18,6 @@ import xxhash
 
 from bigmerge.checkpoints.dtypes import byte_count
 from bigmerge.errors import Interrupted
-from bigmerge.merging import grid
 from bigmerge.merging.arithmetic import Arithmetic, HostArithmetic
 from bigmerge.merging.measure import Statistics
 from bigmerge.merging.plan import Plan, Step
@@ -335,10 +334,11 @@ class _Worker:
         for step in self._steps():
             progress = _Progress(step, len(self.plan.inputs(step.tensor)))
             end = step.start + step.count
-            for first in range(step.start, end, grid.BLOCK):
+            block = self.plan.schedule.block
+            for first in range(step.start, end, block):
                 if self.run_.stop.is_set():
                     return
-                count = min(grid.BLOCK, end - first)
+                count = min(block, end - first)
                 yield _Piece(progress, first, count, last=first + count == end)
 
     def _steps(self) -> Iterator[Step]:

@@ -1,11 +1,15 @@
-"""The grid on which tensors are worked on. It is part of what fixes a result's bytes, and never moves."""
+"""The sizes in which tensors are worked on, in elements counted from each tensor's first."""
 
 from __future__ import annotations
 
 from bigmerge.storage.digests import PIECE
 
-#: Elements of one window of input and of one block of arithmetic. Blocks are counted from each tensor's first
-#: element: vectorised arithmetic rounds a block's tail differently. A block and its scratch buffers fit the cache.
-BLOCK = 1 << 18
-#: elements of one step: what the journal records, what is digested as one piece
+#: What is read, computed and written at a time, by preference. Every operation of the interpreter's lock costs
+#: the same, however long the block, and several threads compete for it; a block and its scratch buffers should
+#: fit the cache. Elementwise arithmetic gives the same bytes for all of them: vectorised loops treat a tensor's last
+#: few elements differently, and these are the same few whatever the block.
+BLOCKS = (1 << 19, 1 << 18, 1 << 17, 1 << 16)
+#: the block of sums over whole tensors, which do depend on it
+SUM_BLOCK = 1 << 18
+#: what the journal records, what is digested as one piece; whole blocks
 STEP = PIECE

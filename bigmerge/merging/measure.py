@@ -99,15 +99,15 @@ def measure(plan: Plan, scratch: Path, files: InputFiles, *, show_progress: bool
 
 
 def _moments(spec: TensorSpec, files: InputFiles, stop: threading.Event) -> Moments:
-    block_bytes = byte_count(spec.dtype, min(grid.BLOCK, spec.numel))
+    block_bytes = byte_count(spec.dtype, min(grid.SUM_BLOCK, spec.numel))
     reader = WindowReader(files, slots=1, window_bytes=block_bytes)
     total = squares = 0.0
-    for first in range(0, spec.numel, grid.BLOCK):
+    for first in range(0, spec.numel, grid.SUM_BLOCK):
         if stop.is_set():
             break
         if first % _AHEAD == 0:
             reader.read_ahead(spec, first, min(2 * _AHEAD, spec.numel - first))
-        window = reader.read(0, spec, first, min(grid.BLOCK, spec.numel - first))
+        window = reader.read(0, spec, first, min(grid.SUM_BLOCK, spec.numel - first))
         block = window.tensor().to(torch.float64)
         reader.release(window)
         total += float(block.sum())

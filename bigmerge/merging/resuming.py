@@ -141,7 +141,7 @@ class _InputCheck:
     def __init__(self, plan: Plan, files: InputFiles, changed: Collection[str]) -> None:
         self._plan = plan
         self._changed = changed
-        self._reader = WindowReader(files, slots=1, window_bytes=8 * grid.BLOCK)
+        self._reader = WindowReader(files, slots=1, window_bytes=8 * grid.SUM_BLOCK)
         self.different: set[str] = set()
 
     def holds(self, step: Step, entry: Entry) -> bool:
@@ -158,8 +158,8 @@ class _InputCheck:
     def _digest(self, spec: TensorSpec, step: Step) -> bytes:
         found = xxhash.xxh3_64()
         end = step.start + step.count
-        for first in range(step.start, end, grid.BLOCK):
-            window = self._reader.read(0, spec, first, min(grid.BLOCK, end - first))
+        for first in range(step.start, end, grid.SUM_BLOCK):
+            window = self._reader.read(0, spec, first, min(grid.SUM_BLOCK, end - first))
             found.update(window.raw)
             self._reader.release(window)
         return found.digest()

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from bigmerge.checkpoints.dtypes import torch_dtype
-from bigmerge.merging import grid
 from bigmerge.merging.alignment import Merged
 from bigmerge.merging.arithmetic import Arithmetic, HostArithmetic, output_window_bytes
 from bigmerge.merging.measure import Statistics
@@ -82,7 +81,6 @@ class StagedArithmetic(Arithmetic):
     def _send(self, window: Window, buffer: torch.Tensor) -> torch.Tensor:
         """The window on the device, in its stored dtype."""
         dtype = torch_dtype(window.spec.dtype)
-        assert window.count <= grid.BLOCK
         sent = buffer[: len(window.raw)]
         sent.copy_(torch.frombuffer(window.raw, dtype=torch.uint8), non_blocking=True)
         return sent.view(dtype)

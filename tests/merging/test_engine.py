@@ -39,7 +39,8 @@ def small_blocks(monkeypatch):
     from bigmerge.merging import records
     from bigmerge.storage import digests
 
-    monkeypatch.setattr(grid, "BLOCK", 256)
+    monkeypatch.setattr(grid, "BLOCKS", (256,))
+    monkeypatch.setattr(grid, "SUM_BLOCK", 256)
     monkeypatch.setattr(grid, "STEP", 1024)
     monkeypatch.setattr(digests, "PIECE", 1024)
     assert records.piece_count(1025) == 2
@@ -312,3 +313,29 @@ def test_a_tensor_over_two_gigabytes(tmp_path):
     for n in range(2):
         (tmp_path / f"m{n}" / "model.safetensors").unlink()
     path.unlink()  # gigabytes need not wait for pytest to tidy up
+
+
+@pytest.mark.parametrize("method", ["linear", "fisher"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_neither_blocks_nor_ways_of_reading_nor_processes_show_in_the_bytes(
+    tmp_path, monkeypatch, method, dtype
+):
+    """Tensors whose ends lie at every distance from a vector's end."""
+    shapes = {f"t{n}": ((1 << 12) * 3 + n,) for n in (0, 1, 7, 15, 16, 17, 31, 63, 64, 100, 127, 4095)}
+    for n in range(3):
+        tensors = {name: normal(shape, n * 100 + k, dtype) for k, (name, shape) in enumerate(shapes.items())}
+        write_checkpoint(tmp_path / f"m{n}", tensors)
+        write_checkpoint(tmp_path / f"m{n}-fisher", {k: v.float().square() for k, v in tensors.items()})
+    sources = sorted(tmp_path.iterdir())
+    outs = []
+    for block, options in (
+        (1 << 16, {}),
+        (1 << 12, {"io": "pread", "workers": 1}),
+        (1 << 10, {"io": "direct", "workers": 3}),
+        (1 << 8, {"io": "mmap", "processes": 2}),
+    ):
+        monkeypatch.setattr(grid, "BLOCKS", (block,))
+        out = tmp_path / f"out{block}"
+        bigmerge.merge(sources, out, method=method, **options)
+        outs.append(file_bytes(out))
+    assert all(other == outs[0] for other in outs[1:])
