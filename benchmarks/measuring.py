@@ -16,6 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+#: seconds that a command reports of its own work, and its profile; None where it reports none
+Result = tuple[float | None, Any]
+
 
 @dataclass
 class Runs:
@@ -25,11 +28,18 @@ class Runs:
         wall: seconds of the whole process.
         inner: seconds that the command reports of its own work, without imports; empty if it reports none.
         peak: peak resident bytes of the process.
+        profiles: what the command says of where its time went.
     """
 
     wall: list[float] = field(default_factory=list)
     inner: list[float] = field(default_factory=list)
     peak: list[int] = field(default_factory=list)
+    profiles: list[Any] = field(default_factory=list)
+
+    def extend(self, other: Runs) -> None:
+        """Add another's runs."""
+        for name in ("wall", "inner", "peak", "profiles"):
+            getattr(self, name).extend(getattr(other, name))
 
     @property
     def seconds(self) -> float:
@@ -41,16 +51,17 @@ class Runs:
         return max(self.peak)
 
     def as_json(self) -> dict[str, Any]:
-        return {"wall_s": self.wall, "inner_s": self.inner, "peak_bytes": self.peak, "median_s": self.seconds}
+        told = {"wall_s": self.wall, "inner_s": self.inner, "peak_bytes": self.peak, "median_s": self.seconds}
+        return told | ({"profiles": self.profiles} if self.profiles else {})
 
 
 def run(
     command: Sequence[str],
     *,
-    inner: Callable[[str], float] | None = None,
+    inner: Callable[[str], Any] | None = None,
     environment: Mapping[str, str] = {},
-) -> tuple[float, float | None, int]:
-    """(wall seconds, inner seconds, peak resident bytes) of one command; its output must be small.
+) -> tuple[float, Any, int]:
+    """(wall seconds, what `inner` makes of the output, peak resident bytes) of one command; its output must be small.
 
     Raises:
         SystemExit: the command failed.
@@ -75,13 +86,37 @@ def run(
     return wall, inner(output) if inner else None, usage.ru_maxrss * 1024
 
 
-def record(runs: Runs, result: tuple[float, float | None, int]) -> None:
+def record(runs: Runs, result: tuple[float, Any, int]) -> None:
     """Add one `run` to `runs`."""
     wall, inner, peak = result
     runs.wall.append(wall)
     runs.peak.append(peak)
-    if inner is not None:
-        runs.inner.append(inner)
+    seconds, profile = inner if isinstance(inner, tuple) else (inner, None)
+    if seconds is not None:
+        runs.inner.append(seconds)
+    if profile is not None:
+        runs.profiles.append(profile)
+
+
+def wait_for_quiet(most: float = 120.0) -> None:
+    """Wait until what earlier commands have written is on the disk."""
+    os.sync()
+    deadline = time.monotonic() + most
+    while time.monotonic() < deadline:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        if sizes["Dirty"] + sizes["Writeback"] < 16384:
+            return
+        time.sleep(0.2)
+
+
+def read_into_cache(paths: Iterable[Path]) -> None:
+    """Have the files in the page cache."""
+    for path in paths:
+        for file in path.rglob("*.safetensors"):
+            with file.open("rb", buffering=0) as stream:
+                while stream.read(1 << 24):
+                    pass
 
 
 def drop_from_cache(paths: Iterable[Path]) -> None:

@@ -67,7 +67,7 @@ def test_the_same_refusals(tmp_path, value, fisher, message):
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense"])
 def test_devices_that_are_not_there(sources, tmp_path, device):
-    with pytest.raises(UsageError, match="device|usable|supported"):
+    with pytest.raises(UsageError, match=r"device|usable|supported"):
         plan_merge(sources, tmp_path / "out", device=device)
 
 
