@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from bigmerge.checkpoints.dtypes import torch_dtype
 from bigmerge.checkpoints.layout import lay_out
@@ -49,7 +48,7 @@ class LlamaShape:
 
     @property
     def parameters(self) -> int:
-        return sum(int(np.prod(shape)) for _, shape in self.tensors())
+        return sum(int(math.prod(shape)) for _, shape in self.tensors())
 
     def config(self) -> dict[str, Any]:
         """config.json of such a model."""
@@ -83,11 +82,13 @@ def write_llama(
     layout = lay_out(
         {name: (dtype, sizes) for name, sizes in shape.tensors()}, 10**9, metadata={"format": "pt"}
     )
+    import torch  # not above: what measures other processes is to stay small
+
     generator = torch.Generator().manual_seed(seed)
     with CheckpointWriter(directory, layout) as writer:
         writer.create()
         for name, (_, sizes) in layout.tensors.items():
-            numel = int(np.prod(sizes))
+            numel = int(math.prod(sizes))
             for first in range(0, numel, _PIECE):
                 piece = torch.empty(min(_PIECE, numel - first))
                 if fisher:
@@ -98,4 +99,24 @@ def write_llama(
                 writer.write(name, first * stored.element_size(), stored.view(torch.uint8).numpy().data)
         writer.sync()
     done.write_text(json.dumps(shape.config()))
+    return directory
+
+
+def make_llama(
+    directory: Path, shape: LlamaShape, *, seed: int, dtype: str = "BF16", fisher: bool = False
+) -> Path:
+    """`write_llama` in a process of its own.
+
+    A process begins with the peak memory of the one that starts it, which therefore must stay small.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    process = multiprocessing.get_context("spawn").Process(
+        target=write_llama, args=(directory, shape), kwargs={"seed": seed, "dtype": dtype, "fisher": fisher}
+    )
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{directory}: could not be made (exit code {process.exitcode})")
     return directory

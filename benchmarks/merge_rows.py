@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoints import LlamaShape, write_llama
+from benchmarks.checkpoints import LlamaShape, make_llama
 from benchmarks.control_group import MemoryGroup
 from benchmarks.measuring import (
     Result,
@@ -100,12 +100,12 @@ class Setting:
 
     @cached_property
     def models(self) -> list[Path]:
-        return [write_llama(self.root / f"m{n}", self.shape, seed=n) for n in range(3)]
+        return [make_llama(self.root / f"m{n}", self.shape, seed=n) for n in range(3)]
 
     @cached_property
     def with_fishers(self) -> list[Path]:
         fishers = [
-            write_llama(self.root / f"m{n}-fisher", self.shape, seed=100 + n, dtype="F32", fisher=True)
+            make_llama(self.root / f"m{n}-fisher", self.shape, seed=100 + n, dtype="F32", fisher=True)
             for n in range(2)
         ]
         return [*self.models[:2], *fishers]
@@ -284,10 +284,8 @@ def cgroup(setting: Setting) -> list[Row]:
                 str(setting.out),
                 "--lazy-unpickle",
             ]
-            code = os.waitstatus_to_exitcode(
-                os.spawnvp(os.P_WAIT, sys.executable, [*group.launcher(), *command]) << 8
-            )
-            rows.append(Row("mergekit in 512 MiB: exit code", code, "", note="137 or -9: killed"))
+            code = subprocess.run([*group.launcher(), *command], capture_output=True, check=False).returncode
+            rows.append(Row("mergekit in 512 MiB: exit code", code, "", note="-9: killed"))
             setting.clean()
     return rows
 
@@ -302,7 +300,7 @@ def scale(setting: Setting) -> list[Row]:
         ]
     found = {}
     small_models, runs = setting.models[:2], setting.runs
-    large_models = [write_llama(large.root / f"m{n}", large.shape, seed=n) for n in range(2)]
+    large_models = [make_llama(large.root / f"m{n}", large.shape, seed=n) for n in range(2)]
     try:
         for _ in range(runs):
             for name, size, models in (("small", setting, small_models), ("large", large, large_models)):
@@ -331,7 +329,7 @@ def scale(setting: Setting) -> list[Row]:
 def startup(setting: Setting) -> list[Row]:
     """What a small merge costs above importing torch."""
     tiny = LlamaShape(layers=1, hidden=64, intermediate=176, vocabulary=1000, heads=4, key_value_heads=2)
-    models = [write_llama(setting.directory / f"tiny-{n}", tiny, seed=n) for n in range(2)]
+    models = [make_llama(setting.directory / f"tiny-{n}", tiny, seed=n) for n in range(2)]
     runs = alternate(
         setting,
         {
@@ -366,7 +364,7 @@ def processes(setting: Setting) -> list[Row]:
         wall = statistics.median(runs["1"].wall) / statistics.median(runs["2"].wall)
         name = f"{method}: --processes 2 against 1, warm"
         rows.append(Row(name, ratio, target=1.7, at_least=True, raw=_raw(runs),
-                        note=f"seconds of the work itself; whole processes, imports included: {wall:.2f} ×"))  # fmt: skip
+                        note=f"seconds of the work itself; of whole processes: {wall:.2f} ×"))  # fmt: skip
     return rows
 
 
