@@ -90,7 +90,7 @@ class BlockView(View):
     def companion(self, kind: str, model: int) -> torch.Tensor:
         place = len(self._entry.models) * (1 + self._kinds.index(kind)) + model
         block = self.load(self._tensors[place])
-        self._least.append((kind, model, block.min()))
+        self._least.append((kind, model, block.amin()))
         return block
 
     def scratch(self) -> torch.Tensor:

@@ -86,26 +86,35 @@ class Fisher(Method):
         whole = sum(view.weights)
         shares = [weight / whole for weight in view.weights]
         center = view.theta(view.target)
-        moved = view.scratch().zero_()  # Σ cᵢ(θᵢ − θ_t)
-        mass = view.scratch().zero_()  # Σ cᵢ
-        relative = view.scratch().zero_() if self.epsilon > 0 else mass  # Σ λᵢFᵢ/mean(Fᵢ)
+        moved: torch.Tensor | None = None  # Σ cᵢ(θᵢ − θ_t)
+        mass: torch.Tensor | None = None  # Σ cᵢ
+        relative = view.scratch().zero_() if self.epsilon > 0 else None  # Σ λᵢFᵢ/mean(Fᵢ)
         for model, share in enumerate(shares):
             if share == 0:
                 continue
             fisher = view.companion("fisher", model)
-            if self.epsilon > 0:
+            if relative is not None:
                 relative.add_(fisher, alpha=share * _inverse(view.model_moments["fisher"][model].mean))
             if self.floor == "reference-all" or (self.floor == "reference-target" and model == view.target):
                 fisher.clamp_(min=REFERENCE_FLOOR)
             fisher.mul_(share * self._scale(view, model))
-            mass.add_(fisher)
             if model != view.target:
-                theta = view.theta(model)
-                moved.addcmul_(fisher, theta.sub_(center))
-                view.give_back(theta)
-            view.give_back(fisher)
-        if relative.numel() and relative.min() <= self.epsilon:
-            nothing = relative <= self.epsilon
+                theta = view.theta(model).sub_(center)
+                if moved is None:
+                    moved = theta.mul_(fisher)
+                else:
+                    moved.addcmul_(fisher, theta)
+                    view.give_back(theta)
+            if mass is None:
+                mass = fisher
+            else:
+                mass.add_(fisher)
+                view.give_back(fisher)
+        assert mass is not None  # `check` has seen that some weight is positive
+        if moved is None:
+            moved = view.scratch().zero_()
+        if (mass if relative is None else relative).amin() <= self.epsilon:
+            nothing = (mass if relative is None else relative) <= self.epsilon
             mass.masked_fill_(nothing, 1.0)
             moved.masked_fill_(nothing, 0.0)
             if self.zero == "error":
@@ -123,7 +132,7 @@ class Fisher(Method):
                         view.give_back(theta)
         result = moved.div_(mass).add_(center)
         view.give_back(center, mass)
-        if relative is not mass:
+        if relative is not None:
             view.give_back(relative)
         return result
 

@@ -48,13 +48,21 @@ class Linear(Method):
                 result.add_(theta, alpha=view.weights[model])
                 view.give_back(theta)
             return result
+        import torch
+
         whole = sum(view.weights)
         center = view.theta(view.target)
-        result = view.scratch().copy_(center)
+        moved: torch.Tensor | None = None
         for model, weight in enumerate(view.weights):
-            if model != view.target:
-                theta = view.theta(model)
-                result.add_(theta.sub_(center), alpha=weight / whole)
+            if model == view.target:
+                continue
+            theta = view.theta(model).sub_(center)
+            if moved is None:
+                moved = torch.add(center, theta, alpha=weight / whole, out=theta)
+            else:
+                moved.add_(theta, alpha=weight / whole)
                 view.give_back(theta)
+        if moved is None:
+            return center
         view.give_back(center)
-        return result
+        return moved
