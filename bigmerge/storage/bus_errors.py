@@ -4,20 +4,34 @@ The signal is raised in the thread that touches the page, in the midst of native
 rest of the mapping pages of zeros, so that the instruction can go on, and marks the mapping as broken; whoever
 uses what was read asks for the mark first. It is called only by real faults in watched mappings: everything
 else is left to the handler that was there before.
+
+The handler is written in Python, so it waits for the interpreter lock: no thread may hold the lock while it
+waits for native threads that read a mapping. A signal handler in Python (Ctrl-C) that raises at just this time,
+on the main thread, is reported as an ignored exception and its exception is lost; the mark is set all the same.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import platform
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 _FLAGS = 4 | 0x40000000  # SA_SIGINFO | SA_NODEFER: a signal that is passed on arrives at once
 _NONEXISTENT = 2  # BUS_ADRERR: the mapping has no page there. Not a hardware error, not sent by a process.
+_NOT_TOUCHED = 5  # BUS_MCEERR_AO: memory found bad before it is used, so no instruction to repeat.
+#: Where the structs below are laid out as the C library has them; elsewhere nothing is watched.
+_SUPPORTED = (
+    sys.platform == "linux"
+    and ctypes.sizeof(ctypes.c_void_p) == 8
+    and platform.machine() in ("x86_64", "aarch64")
+)
 _FIXED_ANONYMOUS = 0x10 | 0x20 | 0x02  # MAP_FIXED | MAP_ANONYMOUS | MAP_PRIVATE
 _PAGE = mmap.PAGESIZE
 
@@ -49,21 +63,32 @@ class _Information(ctypes.Structure):
     )
 
 
-class Watch:
-    """A watched mapping.
+class _Region:
+    """Whole pages of watched addresses. Compared by identity; one may be watched twice."""
 
-    Attributes:
-        broken: whether a part of it was touched that its file no longer has. It stays so.
-    """
+    __slots__ = ("address", "broken", "end")
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.address = address
         self.end = address + -(-nbytes // _PAGE) * _PAGE
         self.broken = False
 
+
+class Watch:
+    """A watched mapping. One that is dropped, or still open when the interpreter ends, is closed."""
+
+    def __init__(self, region: _Region) -> None:
+        self._region = region
+        self._close = weakref.finalize(self, _forget, region)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a part of it was touched that its file no longer has. It stays so."""
+        return self._region.broken
+
     def close(self) -> None:
-        """Watch it no longer. To be called before it is unmapped."""
-        _forget(self)
+        """Watch it no longer. To be called before it is unmapped; more than once is the same as once."""
+        self._close()
 
 
 def watch_mapping(address: int, nbytes: int) -> Watch:
@@ -71,17 +96,18 @@ def watch_mapping(address: int, nbytes: int) -> Watch:
 
     Where the platform has no such signals the watch never finds anything.
     """
-    watch = Watch(address, nbytes)
-    if nbytes and sys.platform == "linux" and ctypes.sizeof(ctypes.c_void_p) == 8:
+    region = _Region(address, nbytes)
+    watch = Watch(region)
+    if nbytes and _SUPPORTED:
         with _lock:
-            _watches.append(watch)
-            if len(_watches) == 1:
+            _watched.append(region)
+            if len(_watched) == 1:
                 _install()
     return watch
 
 
-_lock = threading.Lock()
-_watches: list[Watch] = []
+_lock = threading.RLock()  # a collection inside may close another watch
+_watched: list[_Region] = []
 _before = _Action()
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.sigaction.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
@@ -96,47 +122,77 @@ _libc.mmap.argtypes = (
 _libc.mmap.restype = ctypes.c_void_p
 
 
-def _forget(watch: Watch) -> None:
+def _forget(region: _Region) -> None:
     with _lock:
-        if watch in _watches:
-            _watches.remove(watch)
-            if not _watches:
+        if region in _watched:
+            _watched.remove(region)
+            if not _watched:
                 _restore()
 
 
 def _install() -> None:
+    now = _current()
+    if not _is_ours(now):  # else there is nothing earlier to learn; it would be left to itself
+        ctypes.memmove(ctypes.byref(_before), ctypes.byref(now), ctypes.sizeof(_Action))
     action = _Action(handler=ctypes.cast(_handler, ctypes.c_void_p), flags=_FLAGS)
-    _libc.sigaction(signal.SIGBUS, ctypes.byref(action), ctypes.byref(_before))
+    _libc.sigaction(signal.SIGBUS, ctypes.byref(action), None)
 
 
 def _restore() -> None:
-    now = _Action()
-    _libc.sigaction(signal.SIGBUS, None, ctypes.byref(now))
-    if now.handler == ctypes.cast(_handler, ctypes.c_void_p).value:  # else someone has put in another since
+    if _is_ours(_current()):  # else someone has put in another since
         _libc.sigaction(signal.SIGBUS, ctypes.byref(_before), None)
+
+
+def _current() -> _Action:
+    action = _Action()
+    _libc.sigaction(signal.SIGBUS, None, ctypes.byref(action))
+    return action
+
+
+def _is_ours(action: _Action) -> bool:
+    return bool(action.handler == ctypes.cast(_handler, ctypes.c_void_p).value)
 
 
 def _on_fault(number: int, information: int, context: int) -> None:
     del number, context
+    sent = False
+    for _ in range(3):
+        try:
+            told = _Information.from_address(information)
+            sent = told.code <= 0 or told.code == _NOT_TOUCHED
+            if told.code == _NONEXISTENT and _give_zeros(told.address or 0):
+                return
+            break
+        except BaseException:  # from a signal handler in Python, which may run between any two lines here
+            continue
+    # Not ours. A fault comes again and meets the old handler; what comes once only is passed on to it. Whatever
+    # handler is there now: one that came later and calls this one would call it for ever.
+    _libc.sigaction(signal.SIGBUS, ctypes.byref(_before), None)
+    if sent:
+        try:
+            signal.raise_signal(signal.SIGBUS)
+        finally:
+            if _watched:  # it has survived
+                _install()
+
+
+def _give_zeros(address: int) -> bool:
+    """Make what is watched readable, from the page of `address` on; False where it is not watched."""
     # No lock here: the thread may hold it. Lists are changed whole or not at all.
-    told = _Information.from_address(information)
-    try:
-        for watch in list(_watches):
-            if told.code == _NONEXISTENT and watch.address <= (told.address or 0) < watch.end:
-                watch.broken = True
-                first = told.address // _PAGE * _PAGE
-                mapped = _libc.mmap(first, watch.end - first, mmap.PROT_READ, _FIXED_ANONYMOUS, -1, 0)
-                if mapped == first:
-                    return
-    except Exception:
-        pass
-    # Not ours. The fault comes again and meets the old handler; what a process has sent is passed on to it.
-    _restore()
-    if told.code != _NONEXISTENT:
-        signal.raise_signal(signal.SIGBUS)
-        if _watches:  # it has survived
-            _install()
+    regions = list(_watched)
+    end = max((region.end for region in regions if region.address <= address < region.end), default=0)
+    if not end:
+        return False
+    first = address // _PAGE * _PAGE
+    for region in regions:
+        if region.address < end and first < region.end:
+            region.broken = True  # before anyone can read the zeros
+    return bool(_libc.mmap(first, end - first, mmap.PROT_READ, _FIXED_ANONYMOUS, -1, 0) == first)
 
 
 _Handler: Callable[..., Any] = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _handler = _Handler(_on_fault)
+
+if _SUPPORTED:
+    # A child of a process with threads must not find the lock held by a thread that it does not have.
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
