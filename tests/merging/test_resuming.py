@@ -125,7 +125,7 @@ def test_signals_leave_a_resumable_state_and_say_so(models, expected, tmp_path, 
     wait_for_steps(out, 3, process)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert "interrupted with" in stderr
     assert "run the same command again" in stderr
     assert "Traceback" not in stderr
