@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -376,26 +373,3 @@ def test_control_c_before_the_merge_begins(
     monkeypatch.setattr("bigmerge.merging.api.plan_merge", interrupted)
     assert run("merge", *everything(work), "-o", "out") == 130
     assert "run the same command again to go on" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_leave_work_that_goes_on(work: Path, number: signal.Signals) -> None:
-    for seed, name in enumerate("ab"):
-        write_checkpoint(work / "shards" / name, {f"w.{n}": normal(1_000_000, seed + n) for n in range(12)})
-    command = [sys.executable, "-m", "bigmerge", "merge", *everything(work), "-o", "out", "--workers", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(bigmerge.__file__).parents[1])}
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    while not (work / "out.partial" / "journal").exists():
-        assert child.poll() is None
-        time.sleep(0.002)
-    child.send_signal(number)
-    _, told = child.communicate(timeout=60)
-    if child.returncode == 0:
-        pytest.skip("it was done before the signal came")
-    assert child.returncode == 130
-    assert "run the same command again to go on" in told
-    assert not (work / "out").exists()
-    subprocess.run(command, check=True, capture_output=True, env=environment)
-    assert not (work / "out.partial").exists()
-    assert len(read_checkpoint(work / "out")) == 12
