@@ -204,7 +204,7 @@ def _open_index(path: Path) -> Checkpoint:
                 file=str(path),
                 named=name,
             )
-    missing = [name for name in names if not (path.parent / name).is_file()]
+    missing = [name for name in names if not _is_file(path.parent / name)]
     if missing:
         raise CheckpointError(
             f"{path}: {len(missing)} of {len(names)} weight files are missing: {', '.join(missing[:5])}"
@@ -223,6 +223,13 @@ def _open_index(path: Path) -> Checkpoint:
                 tensor=tensor,
             )
     return checkpoint
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # longer than names can be
+        return False
 
 
 def _open_directory(directory: Path) -> Checkpoint:

@@ -256,6 +256,7 @@ def test_an_index_must_be_true(tmp_path: Path) -> None:
         ('{"weight_map":{"a":"model.gguf"}}', "weight files are missing"),
         ('{"weight_map":{"a":"config.json"}}', "is no weight file"),
         ('{"weight_map":{"a":"\\ud800"}}', "weight files are missing"),
+        ('{"weight_map":{"a":"%s"}}' % ("x" * 300), "weight files are missing"),
         ('{"weight_map":{}}', "names no weight files"),
     ],
 )
