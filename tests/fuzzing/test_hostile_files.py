@@ -1,9 +1,10 @@
-"""A hundred thousand hostile headers and indexes: see `targets` for what must hold of each."""
+"""A hundred thousand hostile headers, indexes and checkpoints: see `targets` for what must hold of each."""
 
 from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigmerge.checkpoints.dtypes import BITS
-from tests.fuzzing import targets
+from bigmerge.errors import CheckpointError
+from tests.fuzzing import guard, targets
 
 # -- what is tried ------------------------------------------------------------------------------------------
 
@@ -157,23 +159,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def attempt(root: Path) -> Callable[..., int]:
-    """`attempt(target, strategy, count)` tries `count` inputs, always the same, and returns how many were accepted."""
+def attempt(
+    root: Path, target: Callable[[Path, Any], bool], strategy: st.SearchStrategy[Any], count: int
+) -> int:
+    """Try `count` inputs, always the same; returns how many were accepted."""
+    tried = accepted = 0
 
-    def attempt(target: Callable[[Path, Any], bool], strategy: st.SearchStrategy[Any], count: int) -> int:
-        accepted = 0
+    @settings(max_examples=count, deadline=None, database=None, derandomize=True)
+    @given(strategy)
+    def one(value: Any) -> None:
+        nonlocal tried, accepted
+        tried += 1
+        accepted += target(root, value)
 
-        @settings(max_examples=count, deadline=None, database=None, derandomize=True)
-        @given(strategy)
-        def one(value: Any) -> None:
-            nonlocal accepted
-            accepted += target(root, value)
-
-        one()
-        return accepted
-
-    return attempt
+    one()
+    assert tried >= count
+    return accepted
 
 
 ATTEMPTS = [
@@ -187,14 +188,39 @@ NAMES = ["headers", "damaged headers", "random bytes", "indexes", "merges"]
 
 
 @pytest.mark.parametrize(("target", "strategy", "few", "many"), ATTEMPTS, ids=NAMES)
-def test_a_few_hostile_files(attempt, target, strategy, few, many):
-    attempt(target, strategy, few)
+def test_a_few_hostile_files(root, target, strategy, few, many):
+    attempt(root, target, strategy, few)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "strategy", "few", "many"), ATTEMPTS, ids=NAMES)
-def test_a_hundred_thousand_hostile_files(attempt, target, strategy, few, many):
+def test_a_hundred_thousand_hostile_files(root, target, strategy, few, many):
     assert sum(row[3] for row in ATTEMPTS) >= 100_000
-    accepted = attempt(target, strategy, many)
+    accepted = attempt(root, target, strategy, many)
     if strategy is not _random:  # else only the first check of all was tested
         assert many / 100 < accepted < many
+
+
+# -- what would be found ------------------------------------------------------------------------------------
+
+
+def test_the_guard_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.write_bytes(b"secret")
+    with pytest.raises(guard.Escape, match=r"open .*outside"), guard.guarded(inside):
+        (inside / ".." / "outside").read_bytes()
+    (inside / "link").symlink_to(outside)
+    with pytest.raises(guard.Escape, match=r"open .*outside"), guard.guarded(inside):
+        (inside / "link").read_bytes()
+    with pytest.raises(guard.Escape, match=r"os\.remove .*outside"), guard.guarded(inside):
+        outside.unlink()
+    with pytest.raises(MemoryError), guard.guarded(inside):
+        bytearray(1 << 40)
+    monkeypatch.setattr(guard, "_SECONDS", 0.05)
+    with pytest.raises(guard.Hang), guard.guarded(inside):
+        time.sleep(5)
+    with pytest.raises(KeyError), guard.guarded(inside):
+        raise KeyError("no error of bigmerge's own")
+    with guard.guarded(inside):
+        raise CheckpointError("what is hoped for")
