@@ -193,20 +193,25 @@ def cold(setting: Setting) -> list[Row]:
             setting,
             {
                 "floor": (setting.floor(inputs), inputs),
+                "direct floor": ([*setting.floor(inputs), "--direct"], inputs),
                 "default": (setting.merge(method, inputs), inputs),
+                "mmap": (setting.merge(method, inputs, "--io", "mmap"), inputs),
                 "pread": (setting.merge(method, inputs, "--io", "pread"), inputs),
-                "direct": (setting.merge(method, inputs, "--io", "direct"), inputs),
                 "64MiB": (setting.merge(method, inputs, "--memory", "64MiB"), inputs),
             },
         )
-        floor, default = runs["floor"].seconds, runs["default"].seconds
+        floor, direct, default = (runs[name].seconds for name in ("floor", "direct floor", "default"))
         rows.append(Row(f"{method}: default / floor, cold", default / floor, target=1.15, raw=_raw(runs),
-                        note=f"floor {floor:.2f} s, bigmerge {default:.2f} s; seconds of the work itself"))  # fmt: skip
-        for io in ("pread", "direct"):
+                        note=f"floor {floor:.2f} s through the page cache, bigmerge {default:.2f} s; "
+                             "seconds of the work itself"))  # fmt: skip
+        rows.append(Row(f"{method}: default / floor past the page cache, cold", default / direct,
+                        note=f"floor {direct:.2f} s with O_DIRECT both ways"))  # fmt: skip
+        for io in ("mmap", "pread"):
             rows.append(Row(f"{method}: --io {io} / floor, cold", runs[io].seconds / floor))
-        peak = max(0, runs["default"].peak_bytes - bare_peak()) / MIB
+        bare = bare_peak()
+        peak = max(0, runs["default"].peak_bytes - bare) / MIB
         rows.append(Row(f"{method}: peak above torch", peak, "MiB", 256, note="ru_maxrss of a fresh process"))
-        peak = max(0, runs["64MiB"].peak_bytes - bare_peak()) / MIB
+        peak = max(0, runs["64MiB"].peak_bytes - bare) / MIB
         rows.append(Row(f"{method}: peak above torch, --memory 64MiB", peak, "MiB", 64))
         ratio = runs["64MiB"].seconds / default
         rows.append(Row(f"{method}: --memory 64MiB / default", ratio, target=1.3))
@@ -238,13 +243,7 @@ def mergekit(setting: Setting) -> list[Row]:
     name = "mergekit / bigmerge, linear, cold"
     if setting.mergekit is None:
         return [Row(name, None, note="mergekit-yaml is not installed; --mergekit PATH")]
-    models = setting.models
-    config = setting.root / "mergekit.yml"
-    config.write_text(json.dumps({
-        "merge_method": "linear", "dtype": "bfloat16",
-        "models": [{"model": str(path.resolve()), "parameters": {"weight": 1 / 3}} for path in models],
-    }))  # fmt: skip
-    command = [setting.mergekit, str(config), str(setting.out), "--lazy-unpickle", "--quiet"]
+    models, command = setting.models, _mergekit_command(setting)
     runs = alternate(
         setting,
         {"bigmerge": (setting.merge("linear", models), models), "mergekit": (command, models)},
@@ -257,6 +256,17 @@ def mergekit(setting: Setting) -> list[Row]:
         Row(name, theirs / ours, target=4, at_least=True, note=note, raw=_raw(runs)),
         Row("mergekit: peak resident memory", peak, "MiB", note="of the whole process"),
     ]
+
+
+def _mergekit_command(setting: Setting) -> list[str]:
+    """The command that merges the models as `linear` does."""
+    assert setting.mergekit is not None
+    config = setting.root / "mergekit.yml"
+    config.write_text(json.dumps({
+        "merge_method": "linear", "dtype": "bfloat16",
+        "models": [{"model": str(path.resolve()), "parameters": {"weight": 1 / 3}} for path in setting.models],
+    }))  # fmt: skip
+    return [setting.mergekit, str(config), str(setting.out), "--lazy-unpickle", "--quiet"]
 
 
 def cgroup(setting: Setting) -> list[Row]:
@@ -278,14 +288,9 @@ def cgroup(setting: Setting) -> list[Row]:
             ratio = runs["limited"].seconds / runs["unlimited"].seconds
             rows.append(Row(f"{method}: in 512 MiB / unlimited, cold", ratio, target=1.3, raw=_raw(runs)))
         if setting.mergekit is not None:
-            command = [
-                setting.mergekit,
-                str(setting.root / "mergekit.yml"),
-                str(setting.out),
-                "--lazy-unpickle",
-            ]
-            code = subprocess.run([*group.launcher(), *command], capture_output=True, check=False).returncode
-            rows.append(Row("mergekit in 512 MiB: exit code", code, "", note="-9: killed"))
+            command = [*group.launcher(), *_mergekit_command(setting)]
+            code = subprocess.run(command, capture_output=True, check=False).returncode
+            rows.append(Row("mergekit in 512 MiB: exit code", code, "", note="-9: killed for its memory"))
             setting.clean()
     return rows
 
@@ -355,16 +360,17 @@ def processes(setting: Setting) -> list[Row]:
     rows = []
     for method in ("linear", "fisher"):
         inputs = setting.inputs(method)
-        contestants = {
-            str(count): (setting.merge(method, inputs, "--workers", "1", "--processes", str(count)), inputs)
-            for count in (1, 2)
-        }
+        contestants: dict[str, Contestant] = {}
+        for count in (1, 2):
+            extra = ("--workers", "1", "--processes", str(count))
+            contestants[f"merge, {count}"] = (setting.merge(method, inputs, *extra), inputs)
+            contestants[f"copy, {count}"] = (setting.floor(inputs, count), inputs)
         runs = alternate(setting, contestants, cached=True)
-        ratio = runs["1"].seconds / runs["2"].seconds
-        wall = statistics.median(runs["1"].wall) / statistics.median(runs["2"].wall)
+        ratio = runs["merge, 1"].seconds / runs["merge, 2"].seconds
+        copy = runs["copy, 1"].seconds / runs["copy, 2"].seconds
         name = f"{method}: --processes 2 against 1, warm"
         rows.append(Row(name, ratio, target=1.7, at_least=True, raw=_raw(runs),
-                        note=f"seconds of the work itself; of whole processes: {wall:.2f} ×"))  # fmt: skip
+                        note=f"seconds of the work; a plain copy by 2 threads against 1: {copy:.2f} ×"))  # fmt: skip
     return rows
 
 

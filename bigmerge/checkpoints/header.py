@@ -22,6 +22,7 @@ from bigmerge.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 METADATA_KEY = "__metadata__"
+_PAGE = 4096
 _shorten = reprlib.Repr()  # what a hostile header holds can be megabytes long
 _shorten.maxstring, _shorten.maxlist, _shorten.maxdict, _shorten.maxother = 200, 8, 4, 80
 
@@ -171,7 +172,8 @@ def _whole_numbers(value: Any) -> bool:
 def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """The bytes before the data of a file that holds `tensors` (name → dtype, shape) in the given order.
 
-    The header is padded with spaces to a multiple of 8 bytes, so that the data is aligned.
+    The header is padded with spaces so that the data starts at a page: aligned for arithmetic on the mapped file,
+    and for reads and writes past the page cache.
     """
     described: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
     position = 0
@@ -184,5 +186,5 @@ def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
         }
         position += nbytes
     raw = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % _PAGE)
     return struct.pack("<Q", len(raw)) + raw

@@ -42,6 +42,11 @@ class Layout:
         """Bytes of all weight files."""
         return sum(shard.nbytes for shard in self.shards)
 
+    def place(self, name: str, offset: int = 0) -> tuple[int, int]:
+        """(position in `shards`, byte in that file) of byte `offset` of a tensor."""
+        number = self.shard_of[name]
+        return number, self.shards[number].starts[name] + offset
+
     def index(self) -> dict[str, Any] | None:
         """The content of the index file; None for a single file, which needs none."""
         if len(self.shards) == 1:

@@ -173,8 +173,9 @@ def merge(
         shard_size: most bytes of data in one output file.
         memory: working memory beyond the interpreter and torch; bytes or text like "256MiB".
         workers: most threads of each process; default: the cores, divided among the processes.
-        io: how inputs are read: "mmap", "pread" or "direct"; see `bigmerge.storage.reading`. Default: "mmap", or
-            "pread" where that lets more workers fit into `memory`.
+        io: how inputs are read: "mmap", "pread" or "direct"; see `bigmerge.storage.reading`. Default: "direct"
+            if they are on a local disk and not in the page cache, else "mmap"; "pread" where that lets more
+            workers fit into `memory`.
         device: where the arithmetic is done: "cpu", or a GPU such as "cuda" or "cuda:1".
         processes: how many processes share the work on this machine; `memory` is what each may use.
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bigmerge.checkpoints.dtypes import BITS, torch_dtype
+from bigmerge.checkpoints.dtypes import byte_count, torch_dtype
 from bigmerge.merging.alignment import Merged
 from bigmerge.merging.blocks import BlockView, Scratch
 from bigmerge.merging.measure import Statistics
 from bigmerge.merging.plan import Plan
 from bigmerge.merging.values import check_block, check_convertible
 from bigmerge.merging.windows import Window, as_bytes
+from bigmerge.storage.buffers import ALIGNMENT, allocate
 
 
 class Arithmetic(ABC):
@@ -43,10 +44,10 @@ class Arithmetic(ABC):
         Args:
             number: which tensor; see `Plan.tensors`.
             windows: of its inputs, in the order of `Plan.inputs`; not to be released before the end.
-            turn: which set of buffers to use; see `Schedule.sets`.
+            turn: counts the calls; that of `Schedule.outputs` calls ago must be done with.
 
         Returns:
-            a function that waits for the end and gives the window's bytes, valid until the next use of `turn`.
+            a function that waits for the end and gives the window's bytes.
 
         Raises:
             CheckpointError: a value cannot be merged; from here or from what is returned.
@@ -71,35 +72,50 @@ class Arithmetic(ABC):
 
 
 class HostArithmetic(Arithmetic):
-    """Computes at once, in the cache, on what was read."""
+    """Computes at once, block by block in the cache, on what was read."""
 
     def __init__(self, plan: Plan, statistics: Statistics) -> None:
         super().__init__(plan, statistics, torch.device("cpu"))
-        self._out = torch.empty(output_window_bytes(plan), dtype=torch.uint8)
+        buffers = allocate([output_window_bytes(plan) + ALIGNMENT] * plan.schedule.outputs)
+        self._out = [torch.frombuffer(buffer, dtype=torch.uint8) for buffer in buffers]
 
     def start(self, number: int, windows: Sequence[Window], turn: int) -> Callable[[], memoryview]:
-        del turn
         entry = self.plan.tensors[number]
         name = self.plan.dtypes[number]
+        first, count = windows[0].first, windows[0].count
         if not isinstance(entry, Merged) and name == entry.spec.dtype:
             # A copy, so that writing it never meets a page that is gone.
-            out = self._out[: len(windows[0].raw)]
+            out = self._place(number, first, len(windows[0].raw), 1, turn)
             out.copy_(torch.frombuffer(windows[0].raw, dtype=torch.uint8))
             return lambda: as_bytes(out)
         dtype = torch_dtype(name)
-        out = self._out[: windows[0].count * dtype.itemsize].view(dtype)
-        if isinstance(entry, Merged):
-            view, block = self._combine(number, [window.tensor() for window in windows])
-            view.check(view.take_least())
-            out.copy_(block)
-            check_block(entry.name, block, out, windows)
-            self._scratch.give_back_all()
-        else:
-            check_convertible(entry.name, windows[0], dtype)
-            out.copy_(windows[0].tensor())
+        out = self._place(number, first, count * dtype.itemsize, dtype.itemsize, turn).view(dtype)
+        size = self.plan.schedule.block
+        for start in range(0, count, size):
+            part = out[start : start + size]
+            inputs = [window.part(first + start, len(part)) for window in windows]
+            if isinstance(entry, Merged):
+                view, block = self._combine(number, [window.tensor() for window in inputs])
+                view.check(view.take_least())
+                part.copy_(block)
+                check_block(entry.name, block, part, inputs)
+                self._scratch.give_back_all()
+            else:
+                check_convertible(entry.name, inputs[0], dtype)
+                part.copy_(inputs[0].tensor())
         return lambda: as_bytes(out)
+
+    def _place(self, number: int, first: int, nbytes: int, width: int, turn: int) -> torch.Tensor:
+        """Memory for a window of the output that lies as in its file, which direct writes need.
+
+        Unless elements, which are `width` bytes wide, lie there as they cannot in memory.
+        """
+        offset = byte_count(self.plan.dtypes[number], first)
+        _, position = self.plan.layout.place(self.plan.tensors[number].name, offset)
+        lead = position % ALIGNMENT if position % width == 0 else 0
+        return self._out[turn % len(self._out)][lead : lead + nbytes]
 
 
 def output_window_bytes(plan: Plan) -> int:
     """Bytes of the largest window of the output."""
-    return max((-(-BITS[dtype] * plan.schedule.block // 8) for dtype in plan.dtypes), default=0)
+    return max((byte_count(dtype, plan.schedule.window) for dtype in plan.dtypes), default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bigmerge.checkpoints.dtypes import byte_count
@@ -12,6 +12,7 @@ from bigmerge.merging import grid
 from bigmerge.merging.alignment import Kept, Merged
 from bigmerge.merging.recipe import Recipe
 from bigmerge.quantities import format_bytes
+from bigmerge.storage.buffers import ALIGNMENT, allocated_bytes
 from bigmerge.storage.mapping import FOLIO
 from bigmerge.storage.reading import IO, buffer_bytes
 
@@ -33,8 +34,7 @@ class Budget:
         memory: bytes of working memory of each process, beyond the interpreter and torch.
         workers: most threads of each process; None: the cores, divided among the processes. Fewer are used if
             memory is short.
-        io: how inputs are read; None: "mmap", or "pread" where that lets more workers fit into `memory` or
-            the arithmetic is done on another device.
+        io: how inputs are read; None: see `fit`.
         device: where the arithmetic is done, as torch names it.
         processes: how many processes share the work on this machine.
     """
@@ -52,38 +52,54 @@ class Schedule:
 
     Attributes:
         workers: threads of each process.
-        block: elements that are read, computed and written at a time.
+        window: elements that are read and written at a time: whole blocks.
+        block: elements that are computed at a time.
         processes: processes on this machine.
         io: how inputs are read.
+        direct_output: whether the output is written past the page cache.
         device: where the arithmetic is done.
         depth: windows that each worker has under way on the device behind the one that it is reading.
         sets: sets of buffers of each worker; a set holds one window of every input of a tensor.
-        slots: buffers of a set.
-        window_bytes: bytes of the largest window.
+        slots: bytes of each buffer of a set.
+        outputs: buffers of each worker for windows of the output.
         peak_bytes: working memory that no process will exceed.
     """
 
     workers: int
+    window: int
     block: int
     processes: int
     io: IO
+    direct_output: bool
     device: str
     depth: int
     sets: int
-    slots: int
-    window_bytes: int
+    slots: tuple[int, ...]
+    outputs: int
     peak_bytes: int
 
 
 def fit(
-    recipe: Recipe, tensors: Sequence[Merged | Kept], dtypes: Sequence[str], steps: int, budget: Budget
+    recipe: Recipe,
+    tensors: Sequence[Merged | Kept],
+    dtypes: Sequence[str],
+    steps: int,
+    budget: Budget,
+    *,
+    cold: bool,
+    direct_output: bool,
 ) -> Schedule:
-    """The schedule with the most workers, and the largest blocks, that keeps `budget`.
+    """The schedule with the most workers, and the largest windows and blocks, that keeps `budget`.
+
+    If the budget leaves the way of reading open, it is "direct" for `cold` inputs, else "mmap"; and "pread"
+    where that lets more workers fit, or where the arithmetic is done on another device.
 
     Args:
         recipe: the merge.
         tensors, dtypes: every output tensor and its dtype.
         steps: steps of the whole merge.
+        cold: whether the inputs are to be read from a local disk rather than found in the page cache.
+        direct_output: whether the output goes to a local disk.
 
     Raises:
         ResourceError: not even one worker fits.
@@ -91,38 +107,36 @@ def fit(
     specs = sum(len(entry.inputs) for entry in tensors)
     fixed = _FIXED_BYTES + _PER_SPEC_BYTES * specs + _PER_STEP_BYTES * steps
     most = budget.workers or min(max(1, len(os.sched_getaffinity(0)) // budget.processes), _MOST_WORKERS)
-    staged = budget.device != "cpu"
-    if budget.io is not None:
-        kinds: tuple[IO, ...] = (budget.io,)
-    else:
-        kinds = ("pread",) if staged else ("mmap", "pread")
-    depth = _STAGED_DEPTH if staged else 0
-    schedules = []
-    for io in kinds:
-        for block in grid.BLOCKS:
-            sets = (
-                1 + depth + (io == "direct")
-            )  # direct reads go on in the background, into a set of their own
-            cost, slots, window_bytes = _of_one_worker(recipe, tensors, dtypes, io, block, sets, depth)
-            workers = min(most, max(1, (budget.memory - fixed) // cost))
-            peak = fixed + workers * cost
-            schedules.append(
-                Schedule(
-                    workers,
-                    block,
-                    budget.processes,
-                    io,
-                    budget.device,
-                    depth,
-                    sets,
-                    slots,
-                    window_bytes,
-                    peak,
-                )
+    schedules: list[Schedule] = []
+    for io, window, block in _choices(budget, cold=cold):
+        depth = _STAGED_DEPTH if budget.device != "cpu" else 0
+        sets = 1 + depth + (io == "direct")  # direct reads go on in the background, into a set of their own
+        slots = _slots(tensors, window)
+        direct = direct_output or io == "direct"
+        outputs = 1 + depth + direct  # one is written while the next is made
+        cost = _of_one_worker(recipe, tensors, io, window, block, sets, slots)
+        # Arithmetic on a device has buffers of its own, and the host's for what is only copied.
+        cost += allocated_bytes([_output_bytes(tensors, dtypes, window)] * outputs) * (2 if depth else 1)
+        workers = min(most, max(1, (budget.memory - fixed) // cost))
+        schedules.append(
+            Schedule(
+                workers=workers,
+                window=window,
+                block=block,
+                processes=budget.processes,
+                io=io,
+                direct_output=direct,
+                device=budget.device,
+                depth=depth,
+                sets=sets,
+                slots=slots,
+                outputs=outputs,
+                peak_bytes=fixed + workers * cost,
             )
+        )
     fitting = [schedule for schedule in schedules if schedule.peak_bytes <= budget.memory]
-    if fitting:
-        return max(fitting, key=lambda schedule: (schedule.workers, schedule.block))  # of equals the first
+    if fitting:  # of equals the first
+        return max(fitting, key=lambda schedule: _rank(schedule, cold=cold))
     least = min(schedule.peak_bytes for schedule in schedules)
     raise ResourceError(
         f"this merge needs at least {format_bytes(least)} of working memory, the budget is "
@@ -133,30 +147,73 @@ def fit(
     )
 
 
+def _rank(schedule: Schedule, *, cold: bool) -> tuple[int, bool, int, int]:
+    """What is better, in falling order of importance."""
+    if schedule.io == "direct":  # the length of requests decides
+        return schedule.workers, cold, schedule.window, schedule.block
+    return schedule.workers, False, schedule.block, schedule.window
+
+
+def _choices(budget: Budget, *, cold: bool) -> Iterator[tuple[IO, int, int]]:
+    """Ways of reading, window and block that may be used; preferred ways first."""
+    kinds: tuple[IO, ...] = ("mmap", "pread") if budget.device == "cpu" else ("pread",)
+    if budget.io is not None:
+        kinds = (budget.io,)
+    elif cold:
+        kinds = ("direct", *kinds)
+    for io in kinds:
+        for block in grid.BLOCKS:
+            windows = {grid.STEP, block}
+            if io == "direct":
+                windows = {*grid.DIRECT_WINDOWS}
+                if budget.io is not None:  # as it is asked for: slow, but in any memory
+                    windows.add(block)
+            if budget.device != "cpu":
+                windows = {block}
+            yield from ((io, window, block) for window in sorted(windows) if window >= block)
+
+
+def _slots(tensors: Sequence[Merged | Kept], window: int) -> tuple[int, ...]:
+    """Bytes of the largest window of the first, second, ... input of any tensor."""
+    slots: list[int] = []
+    for entry in tensors:
+        inputs = entry.inputs
+        slots += [0] * (len(inputs) - len(slots))
+        for place, spec in enumerate(inputs):
+            slots[place] = max(slots[place], byte_count(spec.dtype, min(window, spec.numel)))
+    return tuple(slots)
+
+
 def _of_one_worker(
     recipe: Recipe,
     tensors: Sequence[Merged | Kept],
-    dtypes: Sequence[str],
     io: IO,
+    window: int,
     block: int,
     sets: int,
-    depth: int,
-) -> tuple[int, int, int]:
-    """(bytes, slots, bytes of the largest window) of one worker."""
-    slots = window_bytes = most = 0
-    for entry, dtype in zip(tensors, dtypes, strict=True):
+    slots: Sequence[int],
+) -> int:
+    """Bytes of working memory of one worker, without the output."""
+    mapped = scratch = 0
+    for entry in tensors:
         inputs = entry.inputs
-        count = min(block, inputs[0].numel)
-        windows = [byte_count(spec.dtype, count) for spec in inputs]
-        slots = max(slots, len(inputs))
-        window_bytes = max(window_bytes, *windows)
-        # Reading a page maps the large folio around it.
-        mapped = sum(-(-window // FOLIO) + 1 for window in windows) * FOLIO if io == "mmap" else 0
-        written = byte_count(dtype, count) * (1 + depth)
-        scratch = 0
+        count = min(window, inputs[0].numel)
+        if io == "mmap":  # reading a page maps the large folio around it
+            windows = [byte_count(spec.dtype, count) for spec in inputs]
+            mapped = max(mapped, sum(-(-nbytes // FOLIO) + 1 for nbytes in windows) * FOLIO)
         if isinstance(entry, Merged):
             width = 8 if entry.compute_dtype == "F64" else 4
             # One more for the base, and a block of masks and rounding aids.
-            scratch = (recipe.method.buffers(len(recipe.sources)) + 2) * count * width
-        most = max(most, mapped + written + scratch)
-    return most + sets * slots * buffer_bytes(window_bytes, io), slots, window_bytes
+            buffers = recipe.method.buffers(len(recipe.sources)) + 2
+            scratch = max(scratch, buffers * min(block, count) * width)
+    read = allocated_bytes([buffer_bytes(nbytes, io) for nbytes in slots] * sets)
+    return mapped + read + scratch
+
+
+def _output_bytes(tensors: Sequence[Merged | Kept], dtypes: Sequence[str], window: int) -> int:
+    """Bytes of a buffer for windows of the output."""
+    sizes = (
+        byte_count(dtype, min(window, entry.inputs[0].numel))
+        for entry, dtype in zip(tensors, dtypes, strict=True)
+    )
+    return max(sizes, default=0) + ALIGNMENT

@@ -1,4 +1,4 @@
-"""Does steps of a plan: reads windows, merges them, writes, and keeps a journal of what is safely stored.
+"""Does steps of a plan in several threads, and keeps a journal of what is safely stored.
 
 Worker threads take steps in output order. One more thread waits for data to reach the disk and then records the
 finished steps, so that workers never wait for the disk's flush. Whatever happens to the process, the journal
@@ -8,41 +8,21 @@ never claims what is not stored.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
-import xxhash
 
-from bigmerge.checkpoints.dtypes import byte_count
 from bigmerge.errors import Interrupted
-from bigmerge.merging.arithmetic import Arithmetic, HostArithmetic
 from bigmerge.merging.measure import Statistics
-from bigmerge.merging.plan import Plan, Step
+from bigmerge.merging.plan import Plan
 from bigmerge.merging.profile import Profile, Stopwatch
-from bigmerge.merging.staged import StagedArithmetic
-from bigmerge.merging.windows import Window, WindowReader
-from bigmerge.storage.inputs import InputFiles
-from bigmerge.storage.journal import Entry, Journal
-from bigmerge.storage.writing import CheckpointWriter
+from bigmerge.merging.worker import Shared, Stores, Worker
+from bigmerge.storage.journal import Entry
 
 #: how much written data may wait for its journal entries, and how long
 _COMMIT_BYTES = 256 << 20
 _COMMIT_SECONDS = 2.0
-#: bytes of input that each worker has the kernel read in advance
-_AHEAD_BYTES = 8 << 20
 _POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class Stores:
-    """Where a run reads, writes and keeps its journal."""
-
-    files: InputFiles
-    writer: CheckpointWriter
-    journal: Journal
 
 
 def run_steps(
@@ -77,29 +57,6 @@ def run_steps(
         torch.set_num_threads(threads_before)
 
 
-class _Progress:
-    """One step on its way: digests of what was read and written so far."""
-
-    def __init__(self, step: Step, inputs: int) -> None:
-        self.step = step
-        self.output = xxhash.xxh3_128()
-        self.inputs = [xxhash.xxh3_64() for _ in range(inputs)]
-
-    def entry(self) -> Entry:
-        """What the journal records of it."""
-        return Entry(self.step.number, self.output.digest(), tuple(digest.digest() for digest in self.inputs))
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One window of a step: `count` elements from element `first` of its tensor."""
-
-    progress: _Progress
-    first: int
-    count: int
-    last: bool
-
-
 class _Run:
     """The threads of one run and what they share."""
 
@@ -116,17 +73,11 @@ class _Run:
         self.statistics = statistics
         self.stored = stored
         numbers = list(steps)
-        self.steps = map(plan.step, numbers)
+        self.shared = Shared(map(plan.step, numbers), commit_bytes=_COMMIT_BYTES)
         self.step_count = len(numbers)
         self.stored_count = 0
-        self.lock = threading.Lock()
-        self.stop = threading.Event()
-        self.wake = threading.Event()
         self.workers_done = False
         self.failure: BaseException | None = None
-        self.moved = 0  # bytes read and written, for progress
-        self.pending: list[Entry] = []
-        self.pending_bytes = 0
         self.profiles: list[Profile] = []
 
     # -- the main thread -------------------------------------------------------------------------------------
@@ -149,10 +100,10 @@ class _Run:
                 ended = True
             except KeyboardInterrupt:
                 interrupted = True
-                self.stop.set()
+                self.shared.stop.set()
             except Exception as error:  # of `moved`
                 self.failure = self.failure or error
-                self.stop.set()
+                self.shared.stop.set()
         if self.failure is not None:
             raise self.failure
         if interrupted and self.stored_count < self.step_count:
@@ -174,66 +125,51 @@ class _Run:
     ) -> None:
         """Start what has not been started, and wait for all of it. Can be called again after an interruption."""
         for thread in (committer, *workers):
-            if thread.ident is None and not (self.stop.is_set() and thread is not committer):
+            if thread.ident is None and not (self.shared.stop.is_set() and thread is not committer):
                 thread.start()
         for thread in workers:
             while thread.is_alive():
                 thread.join(_POLL_SECONDS)
-                if not self.stop.is_set():
-                    moved(self.moved)
+                if not self.shared.stop.is_set():
+                    moved(self.shared.moved)
         watch.lap("read")  # nobody asks for it: the workers keep their own time
         while committer.is_alive():
             self.workers_done = True
-            self.wake.set()
+            self.shared.wake.set()
             committer.join(_POLL_SECONDS)
         watch.lap("wait")
-        if not self.stop.is_set():
-            moved(self.moved)
+        if not self.shared.stop.is_set():
+            moved(self.shared.moved)
 
     def _guard(self, work: Callable[[], None]) -> None:
         """Run a thread's work; the first failure stops all threads and is raised by the main thread."""
         try:
             work()
         except BaseException as error:
-            with self.lock:
+            with self.shared.lock:
                 self.failure = self.failure or error
-            self.stop.set()
+            self.shared.stop.set()
 
     # -- workers ---------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         torch.set_num_threads(1)
-        worker = _Worker(self)
+        worker = Worker(self.plan, self.stores, self.statistics, self.shared)
         try:
             worker.run()
         finally:
-            with self.lock:
+            with self.shared.lock:
                 self.profiles.append(worker.watch.profile)
-
-    def next_step(self) -> Step | None:
-        """A step that nobody has taken; None when there is none or the run is to stop."""
-        with self.lock:
-            return None if self.stop.is_set() else next(self.steps, None)
-
-    def finished(self, entry: Entry, nbytes: int) -> None:
-        """A step's `nbytes` bytes are written; they are to be waited for and recorded."""
-        with self.lock:
-            self.pending.append(entry)
-            self.pending_bytes += nbytes
-            full = self.pending_bytes >= _COMMIT_BYTES
-        if full:
-            self.wake.set()
 
     # -- the committer ---------------------------------------------------------------------------------------
 
     def _commit(self) -> None:
         last = False
         while not last:
-            self.wake.wait(_COMMIT_SECONDS)
-            self.wake.clear()
+            self.shared.wake.wait(_COMMIT_SECONDS)
+            self.shared.wake.clear()
             last = self.workers_done
-            with self.lock:
-                entries, self.pending, self.pending_bytes = self.pending, [], 0
+            entries = self.shared.take_finished()
             if entries:
                 numbers = {self.plan.step(entry.number).tensor for entry in entries}
                 self.stores.writer.sync(self.plan.tensors[number].name for number in numbers)
@@ -241,118 +177,3 @@ class _Run:
                 for entry in entries:
                     self.stored(entry)
                 self.stored_count += len(entries)
-
-
-class _Worker:
-    """What one worker thread has of its own: buffers, arithmetic, and a stopwatch."""
-
-    def __init__(self, run: _Run) -> None:
-        self.run_ = run
-        self.plan = plan = run.plan
-        self.writer = run.stores.writer
-        schedule = plan.schedule
-        device = torch.device(schedule.device)
-        self.reader = WindowReader(
-            run.stores.files,
-            slots=schedule.slots * schedule.sets,
-            window_bytes=schedule.window_bytes,
-            pinned=device.type == "cuda",
-        )
-        self.arithmetic: Arithmetic = (
-            HostArithmetic(plan, run.statistics)
-            if device.type == "cpu" and not schedule.depth
-            else StagedArithmetic(plan, run.statistics, device)
-        )
-        self.watch = Stopwatch()
-
-    def run(self) -> None:
-        """Do steps until none is left."""
-        schedule = self.plan.schedule
-        under_way: deque[tuple[_Piece, list[Window], Callable[[], memoryview]]] = deque()
-        background = schedule.io == "direct"
-        for number, (piece, windows) in enumerate(self._windows(background=background)):
-            self.watch.lap("read", sum(len(window.raw) for window in windows))
-            for window, digest in zip(windows, piece.progress.inputs, strict=True):
-                digest.update(window.raw)
-            self.watch.lap("digest", sum(len(window.raw) for window in windows))
-            finish = self.arithmetic.start(piece.progress.step.tensor, windows, number % schedule.sets)
-            self.watch.lap("compute", sum(len(window.raw) for window in windows))
-            under_way.append((piece, windows, finish))
-            if len(under_way) > schedule.depth:
-                self._finish(*under_way.popleft())
-        while under_way:
-            self._finish(*under_way.popleft())
-
-    def _finish(self, piece: _Piece, windows: list[Window], finish: Callable[[], memoryview]) -> None:
-        """Write one window of the output; after a step's last, hand it to the committer."""
-        data = finish()
-        self.watch.lap("compute")
-        for window in windows:
-            self.reader.release(window)
-        self.watch.lap("read")
-        piece.progress.output.update(data)
-        self.watch.lap("digest", len(data))
-        step = piece.progress.step
-        name, dtype = self.plan.tensors[step.tensor].name, self.plan.dtypes[step.tensor]
-        self.writer.write(name, byte_count(dtype, piece.first), data)
-        self.watch.lap("write", len(data))
-        with self.run_.lock:
-            self.run_.moved += len(data) + sum(len(window.raw) for window in windows)
-        if piece.last:
-            self.run_.finished(piece.progress.entry(), byte_count(dtype, step.count))
-
-    # -- reading ---------------------------------------------------------------------------------------------
-
-    def _windows(self, *, background: bool) -> Iterator[tuple[_Piece, list[Window]]]:
-        """Every piece of the steps that this worker takes, with its windows in memory.
-
-        In the background the next windows are read while the caller works on those before.
-        """
-        sets = self.plan.schedule.sets
-        if not background:
-            for turn, piece in enumerate(self._pieces()):
-                yield piece, self._read(piece, turn % sets)
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="bigmerge-read") as pool:
-            coming: deque[tuple[_Piece, Future[list[Window]]]] = deque()
-            for turn, piece in enumerate(self._pieces()):
-                coming.append((piece, pool.submit(self._read, piece, turn % sets)))
-                if turn:
-                    first, windows = coming.popleft()
-                    yield first, windows.result()
-            for first, windows in coming:
-                yield first, windows.result()
-
-    def _read(self, piece: _Piece, turn: int) -> list[Window]:
-        slot = turn * self.plan.schedule.slots
-        specs = self.plan.inputs(piece.progress.step.tensor)
-        return [
-            self.reader.read(slot + place, spec, piece.first, piece.count) for place, spec in enumerate(specs)
-        ]
-
-    def _pieces(self) -> Iterator[_Piece]:
-        for step in self._steps():
-            progress = _Progress(step, len(self.plan.inputs(step.tensor)))
-            end = step.start + step.count
-            block = self.plan.schedule.block
-            for first in range(step.start, end, block):
-                if self.run_.stop.is_set():
-                    return
-                count = min(block, end - first)
-                yield _Piece(progress, first, count, last=first + count == end)
-
-    def _steps(self) -> Iterator[Step]:
-        """Steps for this worker, each after the kernel was asked to read those that come next."""
-        ahead: deque[Step] = deque()
-        ahead_bytes = 0
-        while True:
-            while ahead_bytes < _AHEAD_BYTES and (step := self.run_.next_step()) is not None:
-                for spec in self.plan.inputs(step.tensor):
-                    self.reader.read_ahead(spec, step.start, step.count)
-                ahead.append(step)
-                ahead_bytes += self.plan.step_bytes(step)
-            if not ahead:
-                return
-            step = ahead.popleft()
-            ahead_bytes -= self.plan.step_bytes(step)
-            yield step

@@ -84,7 +84,7 @@ def measure(plan: Plan, scratch: Path, files: InputFiles, *, show_progress: bool
             rows = []
             try:
                 for row in specs:
-                    futures = [pool.submit(_moments, spec, files, stop) for spec in row]
+                    futures = [pool.submit(_moments, spec, files, stop, plan.schedule.window) for spec in row]
                     rows.append([])
                     for spec, future in zip(row, futures, strict=True):
                         rows[-1].append(future.result())
@@ -98,18 +98,21 @@ def measure(plan: Plan, scratch: Path, files: InputFiles, *, show_progress: bool
     return Statistics(found, [entry.name for entry in plan.alignment.merged])
 
 
-def _moments(spec: TensorSpec, files: InputFiles, stop: threading.Event) -> Moments:
-    block_bytes = byte_count(spec.dtype, min(grid.SUM_BLOCK, spec.numel))
-    reader = WindowReader(files, slots=1, window_bytes=block_bytes)
+def _moments(spec: TensorSpec, files: InputFiles, stop: threading.Event, most: int) -> Moments:
+    """Sums over one tensor, read in windows of `most` elements."""
+    size = max(grid.SUM_BLOCK, most // grid.SUM_BLOCK * grid.SUM_BLOCK)
+    reader = WindowReader(files, [byte_count(spec.dtype, min(size, spec.numel))])
     total = squares = 0.0
-    for first in range(0, spec.numel, grid.SUM_BLOCK):
+    for start in range(0, spec.numel, size):
         if stop.is_set():
             break
-        if first % _AHEAD == 0:
-            reader.read_ahead(spec, first, min(2 * _AHEAD, spec.numel - first))
-        window = reader.read(0, spec, first, min(grid.SUM_BLOCK, spec.numel - first))
-        block = window.tensor().to(torch.float64)
+        if start % _AHEAD == 0:
+            reader.read_ahead(spec, start, min(2 * _AHEAD, spec.numel - start))
+        window = reader.read(0, spec, start, min(size, spec.numel - start))
+        for first in range(start, start + window.count, grid.SUM_BLOCK):
+            part = window.part(first, min(grid.SUM_BLOCK, start + window.count - first))
+            block = part.tensor().to(torch.float64)
+            total += float(block.sum())
+            squares += float(block.square_().sum())
         reader.release(window)
-        total += float(block.sum())
-        squares += float(block.square_().sum())
     return Moments(total, squares, spec.numel)

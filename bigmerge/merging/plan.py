@@ -27,6 +27,7 @@ from bigmerge.merging.alignment import Alignment, Kept, Merged, align
 from bigmerge.merging.budget import Budget, Schedule, fit
 from bigmerge.merging.recipe import Recipe
 from bigmerge.quantities import format_bytes, format_seconds
+from bigmerge.storage.residency import are_cold, on_local_disk
 from bigmerge.storage.staging import partial_path
 
 
@@ -229,9 +230,13 @@ def make_plan(recipe: Recipe, out: Path, budget: Budget) -> Plan:
     numels = [target[name].numel for name in layout.tensors]
     step_ends = tuple(accumulate(-(-numel // grid.STEP) for numel in numels))
     recorded, measure = _recorded_moments(recipe, alignment)
-    schedule = fit(recipe, tensors, dtypes, step_ends[-1] if step_ends else 0, budget)
-
+    inputs = dict.fromkeys(spec.path for entry in tensors for spec in entry.inputs)
+    cold = budget.io is None and are_cold(list(inputs))
     parent = next(parent for parent in out.absolute().parents if parent.is_dir())
+    schedule = fit(
+        recipe, tensors, dtypes, step_ends[-1] if step_ends else 0, budget,
+        cold=cold, direct_output=on_local_disk(parent),
+    )  # fmt: skip
     free = shutil.disk_usage(parent).free
     held = _allocated(partial_path(out))
     needed = layout.nbytes + (16 << 20)

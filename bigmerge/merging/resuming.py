@@ -141,7 +141,7 @@ class _InputCheck:
     def __init__(self, plan: Plan, files: InputFiles, changed: Collection[str]) -> None:
         self._plan = plan
         self._changed = changed
-        self._reader = WindowReader(files, slots=1, window_bytes=8 * grid.SUM_BLOCK)
+        self._reader = WindowReader(files, [8 * grid.SUM_BLOCK])
         self.different: set[str] = set()
 
     def holds(self, step: Step, entry: Entry) -> bool:

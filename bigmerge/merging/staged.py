@@ -34,28 +34,27 @@ class StagedArithmetic(Arithmetic):
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         pinned = device.type == "cuda"
         # One set is enough here, for on a stream the next copy waits for the arithmetic before it.
-        self._inputs = [
-            torch.empty(schedule.window_bytes, dtype=torch.uint8, device=device)
-            for _ in range(schedule.slots)
-        ]
+        self._inputs = [torch.empty(nbytes, dtype=torch.uint8, device=device) for nbytes in schedule.slots]
         self._result = torch.empty(out_bytes, dtype=torch.uint8, device=device)
         self._outputs = [
-            torch.empty(out_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(schedule.sets)
+            torch.empty(out_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(schedule.outputs)
         ]
-        self._limits = [torch.empty(2, dtype=torch.float64, pin_memory=pinned) for _ in range(schedule.sets)]
+        self._limits = [
+            torch.empty(2, dtype=torch.float64, pin_memory=pinned) for _ in range(schedule.outputs)
+        ]
 
     def start(self, number: int, windows: Sequence[Window], turn: int) -> Callable[[], memoryview]:
         entry = self.plan.tensors[number]
         if not isinstance(entry, Merged):
             # At once into a buffer of this turn: the host's own is used again by the next.
             data = self._host.start(number, windows, turn)()
-            kept = self._outputs[turn][: len(data)]
+            kept = self._outputs[turn % len(self._outputs)][: len(data)]
             kept.copy_(torch.frombuffer(data, dtype=torch.uint8))
             return lambda: as_bytes(kept)
         dtype = torch_dtype(self.plan.dtypes[number])
         count = windows[0].count
-        out = self._outputs[turn][: count * dtype.itemsize].view(dtype)
-        limits = self._limits[turn]
+        out = self._outputs[turn % len(self._outputs)][: count * dtype.itemsize].view(dtype)
+        limits = self._limits[turn % len(self._limits)]
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
             tensors = [
                 self._send(window, buffer) for window, buffer in zip(windows, self._inputs, strict=False)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from bigmerge.errors import BigmergeError, Interrupted, ResourceError
-from bigmerge.merging.engine import Stores, run_steps
+from bigmerge.merging.engine import run_steps
 from bigmerge.merging.measure import Statistics
 from bigmerge.merging.plan import Plan
 from bigmerge.merging.profile import Profile
+from bigmerge.merging.worker import Stores
 from bigmerge.processes import describe_error, restore_error
 from bigmerge.storage.inputs import InputFiles
 from bigmerge.storage.journal import Entry, Journal
@@ -60,7 +61,7 @@ def do_part(
     """
     with (
         InputFiles(part.plan.input_paths(), part.plan.schedule.io) as files,
-        CheckpointWriter(part.output, part.plan.layout) as writer,
+        CheckpointWriter(part.output, part.plan.layout, direct=part.plan.schedule.direct_output) as writer,
         Journal(part.scratch / f"journal-{part.number}") as journal,
     ):
         writer.open()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bigmerge.checkpoints.checkpoint import TensorSpec
 from bigmerge.checkpoints.dtypes import byte_count, itemsize, torch_dtype
+from bigmerge.storage.buffers import allocate
 from bigmerge.storage.inputs import InputFiles
 from bigmerge.storage.reading import buffer_bytes
 
@@ -39,21 +40,33 @@ class Window:
             return torch.frombuffer(bytearray(self.raw), dtype=dtype)  # a header that was not padded
         return torch.frombuffer(self.raw, dtype=dtype)
 
+    def part(self, first: int, count: int) -> Window:
+        """Elements `first` to `first + count` of the tensor, which lie in this window."""
+        if first == self.first and count == self.count:
+            return self
+        start = byte_count(self.spec.dtype, self.first)
+        begin, end = (byte_count(self.spec.dtype, element) - start for element in (first, first + count))
+        return Window(self.spec, first, count, self.raw[begin:end])
+
 
 class WindowReader:
     """Reads windows of input tensors into buffers of its own. One for each thread.
 
     Args:
         files: the input files.
-        slots: how many windows are in memory at the same time.
-        window_bytes: bytes of the largest window.
+        slots: bytes of the largest window in each slot; as many windows are in memory at the same time.
         pinned: whether the buffers can be copied to a GPU while others are at work.
     """
 
-    def __init__(self, files: InputFiles, *, slots: int, window_bytes: int, pinned: bool = False) -> None:
+    def __init__(self, files: InputFiles, slots: Sequence[int], *, pinned: bool = False) -> None:
         self._files = files
-        size = buffer_bytes(window_bytes, files.io)
-        self._buffers = [_allocate(size, pinned=pinned) for _ in range(slots)]
+        sizes = [buffer_bytes(nbytes, files.io) for nbytes in slots]
+        if pinned:
+            self._buffers = [
+                as_bytes(torch.empty(size, dtype=torch.uint8, pin_memory=True)) for size in sizes
+            ]
+        else:
+            self._buffers = allocate(sizes)
 
     def read_ahead(self, spec: TensorSpec, first: int, count: int) -> None:
         """Have a window read soon."""
@@ -75,13 +88,6 @@ class WindowReader:
             CheckpointError: the file was truncated while the window was in use.
         """
         self._files[window.spec.path].release(*_byte_range(window.spec, window.first, window.count))
-
-
-def _allocate(nbytes: int, *, pinned: bool) -> memoryview:
-    """Page-aligned memory."""
-    if pinned:
-        return as_bytes(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
-    return memoryview(mmap.mmap(-1, nbytes)) if nbytes else memoryview(b"")
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

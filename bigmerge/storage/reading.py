@@ -2,8 +2,8 @@
 
 "mmap" maps the file and has the kernel populate each window. "pread" copies each window from the page cache
 into a buffer, which suits network file systems and merges of many models in little memory. "direct" reads past
-the page cache, so that a huge checkpoint does not sweep out what other programs keep there. Where a kernel or
-file system lacks one of them, the next simpler one takes its place; the bytes are the same.
+the page cache: nothing is copied, no cached page is made, and nothing that other programs keep cached is swept
+out. Where a kernel or file system lacks one of them, the next simpler one takes its place; the bytes are the same.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from bigmerge.errors import CheckpointError
+from bigmerge.storage.buffers import ALIGNMENT, aligned
 
 IO = Literal["mmap", "pread", "direct"]
 IO_KINDS: tuple[IO, ...] = get_args(IO)
-#: what direct reads begin and end at: a multiple of every block size in use
-ALIGNMENT = 4096
 
 
 class InputFile(ABC):
@@ -85,7 +84,7 @@ class BufferedFile(InputFile):
 
     def read(self, start: int, nbytes: int, buffer: memoryview) -> memoryview:
         before = start % self._block
-        whole = -(-(before + nbytes) // self._block) * self._block
+        whole = aligned(before + nbytes) if self._block > 1 else nbytes
         self._fill(buffer[:whole], start - before, before + nbytes)
         return buffer[before : before + nbytes]
 
@@ -174,4 +173,4 @@ def buffer_bytes(nbytes: int, io: IO) -> int:
     """How large a buffer for windows of up to `nbytes` bytes must be when files are read by way of `io`."""
     if io == "mmap":
         return 0
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT + (ALIGNMENT if io == "direct" else 0)
+    return aligned(nbytes) + (ALIGNMENT if io == "direct" else 0)

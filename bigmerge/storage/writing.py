@@ -14,6 +14,7 @@ from typing import Any
 from bigmerge.checkpoints.checkpoint import SAFETENSORS_INDEX
 from bigmerge.checkpoints.layout import Layout
 from bigmerge.errors import OutputError
+from bigmerge.storage.buffers import ALIGNMENT, address
 
 _START_WRITEBACK = 2  # SYNC_FILE_RANGE_WRITE: begin writing dirty pages, do not wait
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -23,12 +24,18 @@ class CheckpointWriter:
     """The files of `layout` in `directory`. Safe to call from several threads.
 
     Use as a context manager or call `close`.
+
+    Args:
+        direct: write past the page cache (O_DIRECT) what lies in memory as it will lie in its file, counted
+            in `ALIGNMENT`s. All else, and everything where the file system cannot do that, is written through it.
     """
 
-    def __init__(self, directory: Path, layout: Layout) -> None:
+    def __init__(self, directory: Path, layout: Layout, *, direct: bool = False) -> None:
         self.directory = directory
         self.layout = layout
         self._descriptors: dict[int, int] = {}
+        self._direct = direct
+        self._direct_descriptors: dict[int, int] = {}
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -46,6 +53,18 @@ class CheckpointWriter:
             path = self.directory / shard.filename
             with output_errors(path):
                 self._descriptors[number] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self._open_direct(number, path)
+
+    def _open_direct(self, number: int, path: Path) -> None:
+        if not self._direct:
+            return
+        try:
+            self._direct_descriptors[number] = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            self._direct = False
+            if error.errno != errno.EINVAL:  # a file system that has no such writes
+                with output_errors(path):
+                    raise
 
     def create(self) -> None:
         """Open every file, reserve its space on the disk and write its header and the index.
@@ -68,6 +87,7 @@ class CheckpointWriter:
                     if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                         raise
                 _write_all(descriptor, shard.header, 0)
+            self._open_direct(number, path)
         index = self.layout.index()
         if index is not None:
             write_json(self.directory / SAFETENSORS_INDEX, index)
@@ -78,13 +98,34 @@ class CheckpointWriter:
         Raises:
             OutputError: the disk is full or reports an error.
         """
-        number = self.layout.shard_of[name]
-        shard = self.layout.shards[number]
-        position = shard.starts[name] + offset
-        descriptor = self._descriptors[number]
-        with output_errors(self.directory / shard.filename):
-            _write_all(descriptor, data, position)
-        start_writeback(descriptor, position, len(data))
+        number, position = self.layout.place(name, offset)
+        view = memoryview(data).cast("B")
+        with output_errors(self.directory / self.layout.shards[number].filename):
+            head = -position % ALIGNMENT
+            body = max(0, len(view) - head) // ALIGNMENT * ALIGNMENT
+            if self._direct and body and not view.readonly and address(view[head:]) % ALIGNMENT == 0:
+                self._write_cached(number, view[:head], position)
+                written = self._write_direct(number, view[head : head + body], position + head)
+                view, position = view[head + written :], position + head + written
+            self._write_cached(number, view, position)
+
+    def _write_direct(self, number: int, view: memoryview, position: int) -> int:
+        """Write whole blocks past the page cache; returns how many bytes, fewer if the file system has enough of it."""
+        done = 0
+        while done < len(view) and done % ALIGNMENT == 0:
+            try:
+                done += os.pwrite(self._direct_descriptors[number], view[done:], position + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct = False
+                break
+        return done
+
+    def _write_cached(self, number: int, view: memoryview, position: int) -> None:
+        if view:
+            _write_all(self._descriptors[number], view, position)
+            start_writeback(self._descriptors[number], position, len(view))
 
     def read(self, name: str, offset: int, nbytes: int) -> bytes:
         """The `nbytes` bytes at byte `offset` of the tensor `name` as they are stored now.
@@ -92,12 +133,10 @@ class CheckpointWriter:
         Raises:
             OutputError: the disk reports an error.
         """
-        number = self.layout.shard_of[name]
-        shard = self.layout.shards[number]
-        start = shard.starts[name] + offset
+        number, start = self.layout.place(name, offset)
         data = bytearray(nbytes)
         done = 0
-        with output_errors(self.directory / shard.filename):
+        with output_errors(self.directory / self.layout.shards[number].filename):
             while done < nbytes:
                 count = os.preadv(self._descriptors[number], [memoryview(data)[done:]], start + done)
                 if count == 0:
@@ -122,9 +161,10 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Close the files; the data may still be on its way to the disk unless `sync` was called."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        for descriptors in (self._descriptors, self._direct_descriptors):
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+            descriptors.clear()
 
 
 def start_writeback(descriptor: int, position: int, nbytes: int) -> None:
@@ -183,7 +223,7 @@ def sync_path(path: Path) -> None:
 
 
 def _write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
-    view = memoryview(data).cast("B")
+    view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, position)  # at most 2 GiB a call, fewer when interrupted
         view = view[written:]

@@ -332,9 +332,11 @@ def test_neither_blocks_nor_ways_of_reading_nor_processes_show_in_the_bytes(
         (1 << 16, {}),
         (1 << 12, {"io": "pread", "workers": 1}),
         (1 << 10, {"io": "direct", "workers": 3}),
+        (1 << 9, {"io": "direct", "workers": 2, "memory": "40MiB"}),
         (1 << 8, {"io": "mmap", "processes": 2}),
     ):
         monkeypatch.setattr(grid, "BLOCKS", (block,))
+        monkeypatch.setattr(grid, "DIRECT_WINDOWS", (max(block, 1 << 11),))
         out = tmp_path / f"out{block}"
         bigmerge.merge(sources, out, method=method, **options)
         outs.append(file_bytes(out))

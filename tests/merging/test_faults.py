@@ -109,20 +109,22 @@ class Failing:
         return call
 
 
-def merge_failing_at(monkeypatch, models, out, number, code):
+def merge_failing_at(monkeypatch, models, out, number, code, io=None):
     with monkeypatch.context() as patch:
+        # Mapped inputs go with an output that is written through the page cache, direct ones past it.
+        patch.setattr("bigmerge.merging.plan.on_local_disk", lambda path: io == "direct")
         calls = Failing(patch, out.parent, number, code)
         try:
-            bigmerge.merge(models, out, **OPTIONS)
+            bigmerge.merge(models, out, io=io, **OPTIONS)
         except BigmergeError as error:
             return calls, error
     return calls, None
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_fails_at_any_call(models, expected, tmp_path, monkeypatch, code):
+@pytest.mark.parametrize(("code", "io"), [(errno.ENOSPC, "mmap"), (errno.EIO, "mmap"), (errno.EIO, "direct")])
+def test_a_disk_that_fails_at_any_call(models, expected, tmp_path, monkeypatch, code, io):
     (tmp_path / "count").mkdir()
-    calls, error = merge_failing_at(monkeypatch, models, tmp_path / "count" / "out", None, code)
+    calls, error = merge_failing_at(monkeypatch, models, tmp_path / "count" / "out", None, code, io)
     assert error is None
     assert calls.count > 60
     assert {"pwrite", "fdatasync", "write", "posix_fallocate", "open", "fsync"} <= set(calls.names)
@@ -130,7 +132,7 @@ def test_a_disk_that_fails_at_any_call(models, expected, tmp_path, monkeypatch, 
     for number in range(1, calls.count + 1):
         root = tmp_path / f"{number}"
         root.mkdir()
-        failed, error = merge_failing_at(monkeypatch, models, root / "out", number, code)
+        failed, error = merge_failing_at(monkeypatch, models, root / "out", number, code, io)
         if error is None:
             # What may fail without harm: leftovers after the output has got its name.
             unnoticed.append(failed.names[number - 1])
@@ -190,11 +192,11 @@ def test_an_input_that_cannot_be_read(models, expected, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("gone", ["out.partial", "."])
 def test_an_output_directory_that_vanishes(models, expected, tmp_path, monkeypatch, gone):
-    from bigmerge.merging import engine
+    from bigmerge.merging import worker
 
     root = tmp_path / "root"
     root.mkdir()
-    finished = engine._Run.finished
+    finished = worker.Shared.finished
 
     def vanish(self, entry, *arguments):
         finished(self, entry, *arguments)
@@ -202,7 +204,7 @@ def test_an_output_directory_that_vanishes(models, expected, tmp_path, monkeypat
             shutil.rmtree(root / gone)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._Run, "finished", vanish)
+        patch.setattr(worker.Shared, "finished", vanish)
         with pytest.raises(OutputError, match=str(root)):
             bigmerge.merge(models, root / "out", **OPTIONS)
     assert not (root / "out").exists()
@@ -298,11 +300,11 @@ def server():
     process.wait()
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_kill_9_at_fifty_moments(models, expected, tmp_path, server, overwrite):
+@pytest.mark.parametrize(("overwrite", "io"), [(False, "mmap"), (True, "mmap"), (False, "direct")])
+def test_kill_9_at_fifty_moments(models, expected, tmp_path, server, overwrite, io):
     """Seeded system calls from the first to the last, each run killed again up to twice before it may finish."""
     generator = random.Random(overwrite)
-    whole = server(models, tmp_path / "whole")
+    whole = server(models, tmp_path / "whole", io=io)
     assert whole["status"] == 0
     kills = 0
     old = {"config.json": b"{}", "model.safetensors": b"old"}
@@ -313,7 +315,7 @@ def test_kill_9_at_fifty_moments(models, expected, tmp_path, server, overwrite):
             for name, content in old.items():
                 (out / name).write_bytes(content)
         for _ in range(generator.randint(1, 3)):
-            told = server(models, out, at=generator.randint(1, whole["calls"]), overwrite=overwrite)
+            told = server(models, out, at=generator.randint(1, whole["calls"]), overwrite=overwrite, io=io)
             kills += told["status"] == -9
             if told["status"] == 0:
                 break
@@ -321,7 +323,7 @@ def test_kill_9_at_fifty_moments(models, expected, tmp_path, server, overwrite):
             if out.exists():
                 found = file_bytes(out)
                 assert found == expected or (overwrite and found == old), "never anything half"
-        final = server(models, out, overwrite=True)
+        final = server(models, out, overwrite=True, io=io)
         assert final["status"] == 0
         assert file_bytes(out) == expected
         shutil.rmtree(out)

@@ -35,21 +35,22 @@ def peak(arguments):
 
 
 @pytest.mark.parametrize(
-    ("names", "memory"),
+    ("names", "memory", "io"),
     [
-        (["m0", "m1", "m2"], "64MiB"),
-        (["m0", "m1", "m2", "m0-fisher", "m1-fisher", "m2-fisher"], "96MiB"),
-        (["m0", "m1", "m2", "m0-fisher", "m1-fisher", "m2-fisher"], "256MiB"),
+        (["m0", "m1", "m2"], "64MiB", "mmap"),
+        (["m0", "m1", "m2"], "64MiB", "direct"),
+        (["m0", "m1", "m2", "m0-fisher", "m1-fisher", "m2-fisher"], "96MiB", "pread"),
+        (["m0", "m1", "m2", "m0-fisher", "m1-fisher", "m2-fisher"], "256MiB", "mmap"),
+        (["m0", "m1", "m2", "m0-fisher", "m1-fisher", "m2-fisher"], "256MiB", "direct"),
     ],
 )
-def test_peak_memory_stays_under_the_plans_promise(inputs, tmp_path, names, memory):
+def test_peak_memory_stays_under_the_plans_promise(inputs, tmp_path, names, memory, io):
     sources = [inputs / name for name in names]
-    plan = plan_merge(sources, tmp_path / "out", memory=memory)
+    plan = plan_merge(sources, tmp_path / "out", memory=memory, io=io)
     read = sum(path.stat().st_size for source in sources for path in source.iterdir())
     assert read > 4 * plan.schedule.peak_bytes, "the models must be much larger than the promise"
     bare = peak(["-c", "import torch, numpy"])
-    used = peak(
-        ["-m", "bigmerge", "merge", "-q", *map(str, sources), "-o", str(tmp_path / "out"), "--memory", memory]
-    )
+    options = ["-q", "-o", str(tmp_path / "out"), "--memory", memory, "--io", io]
+    used = peak(["-m", "bigmerge", "merge", *map(str, sources), *options])
     assert used - bare <= plan.schedule.peak_bytes <= plan.memory
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > ROWS * COLUMNS * 2

@@ -15,7 +15,7 @@ import torch
 
 import bigmerge
 from bigmerge.errors import BigmergeError, CheckpointError, OutputError, ResumeError
-from bigmerge.merging import engine
+from bigmerge.merging import worker
 from tests.building import write_fisher
 from tests.conftest import file_bytes, normal, read_checkpoint, write_checkpoint
 
@@ -46,7 +46,7 @@ class Stop(BigmergeError):
 
 def fail_after(monkeypatch, steps, error):
     """Make the engine fail when it has written `steps` steps."""
-    original = engine._Run.finished
+    original = worker.Shared.finished
     count = [0]
 
     def finished(self, *arguments):
@@ -55,7 +55,7 @@ def fail_after(monkeypatch, steps, error):
             raise error
         original(self, *arguments)
 
-    monkeypatch.setattr(engine._Run, "finished", finished)
+    monkeypatch.setattr(worker.Shared, "finished", finished)
 
 
 def start(models, out, *arguments):
@@ -74,10 +74,10 @@ def slow_merge(models, out, stall_after=1000):
     """
     code = (
         "import sys, time\n"
-        "from bigmerge.merging import engine\n"
+        "from bigmerge.merging import engine, worker\n"
         "from bigmerge.cli.main import main\n"
         "engine._COMMIT_SECONDS = 0.05\n"
-        "R = engine._Run\n"
+        "R = worker.Shared\n"
         "old, count = R.finished, [0]\n"
         "def finished(self, *a):\n"
         "    count[0] += 1\n"
@@ -144,13 +144,13 @@ def test_finished_steps_are_not_done_again(models, expected, tmp_path, monkeypat
         with pytest.raises(Stop):
             bigmerge.merge(models, tmp_path / "out", workers=1)
     merged = []
-    original = engine._Run.finished
+    original = worker.Shared.finished
 
     def finished(self, entry, *arguments):
         merged.append(entry.number)
         original(self, entry, *arguments)
 
-    monkeypatch.setattr(engine._Run, "finished", finished)
+    monkeypatch.setattr(worker.Shared, "finished", finished)
     bigmerge.merge(models, tmp_path / "out")
     assert len(merged) == 40 - 10
     assert file_bytes(tmp_path / "out") == expected
@@ -257,7 +257,7 @@ def test_an_input_that_changes_during_the_run_is_never_merged_half(
     copies = copy_of(models, tmp_path)
     weights = copies[1] / "model.safetensors"
     before = weights.read_bytes()
-    original = engine._Run.finished
+    original = worker.Shared.finished
 
     def change_after(self, entry, *arguments):
         original(self, entry, *arguments)
@@ -265,7 +265,7 @@ def test_an_input_that_changes_during_the_run_is_never_merged_half(
             change(weights)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._Run, "finished", change_after)
+        patch.setattr(worker.Shared, "finished", change_after)
         with pytest.raises(CheckpointError, match=r"m1.*changed while it was being merged"):
             bigmerge.merge(copies, tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
@@ -292,14 +292,14 @@ def test_inputs_that_were_only_touched_are_accepted(models, expected, tmp_path, 
 
 def test_an_input_truncated_during_the_run_is_a_clear_error(models, tmp_path, monkeypatch):
     copies = copy_of(models, tmp_path)
-    original = engine._Run.finished
+    original = worker.Shared.finished
 
     def truncate_after(self, entry, *arguments):
         original(self, entry, *arguments)
         if entry.number == 5:
             os.truncate(copies[1] / "model.safetensors", 1_000_000)
 
-    monkeypatch.setattr(engine._Run, "finished", truncate_after)
+    monkeypatch.setattr(worker.Shared, "finished", truncate_after)
     with pytest.raises(BigmergeError, match=r"m1.*(cannot be read|ends before)"):
         bigmerge.merge(copies, tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
@@ -369,7 +369,14 @@ def test_ctrl_c_at_any_point_of_waiting_ends_every_thread(models, expected, tmp_
                 raise KeyboardInterrupt
         return original(self)
 
+    finished = worker.Shared.finished
+
+    def slowly(self, *arguments):
+        time.sleep(0.01)  # it must not be done before the second hit
+        finished(self, *arguments)
+
     with monkeypatch.context() as patch:
+        patch.setattr(worker.Shared, "finished", slowly)
         patch.setattr(threading.Thread, method, interrupt)
         with pytest.raises(Interrupted):
             bigmerge.merge(models, tmp_path / "out")

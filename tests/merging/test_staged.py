@@ -28,7 +28,11 @@ def sources(tmp_path_factory):
 def staged(plan, io="pread", depth=3):
     """The same plan, its arithmetic through buffers."""
     sets = 1 + depth + (io == "direct")
-    schedule = dataclasses.replace(plan.schedule, io=io, depth=depth, sets=sets)
+    outputs = 1 + depth + plan.schedule.direct_output
+    window = plan.schedule.block
+    schedule = dataclasses.replace(
+        plan.schedule, io=io, window=window, depth=depth, sets=sets, outputs=outputs
+    )
     return dataclasses.replace(plan, schedule=schedule)
 
 

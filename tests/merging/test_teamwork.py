@@ -13,7 +13,7 @@ import pytest
 
 import bigmerge
 from bigmerge.errors import CheckpointError, ResourceError
-from bigmerge.merging import engine, teamwork
+from bigmerge.merging import teamwork, worker
 from bigmerge.merging.parts import split
 from tests.conftest import file_bytes, normal, write_checkpoint
 
@@ -86,7 +86,7 @@ def test_an_error_in_one_process_is_the_error_of_all(broken, tmp_path):
 def test_a_process_that_is_killed_says_so_and_the_same_command_goes_on(
     models, expected, tmp_path, monkeypatch
 ):
-    original = engine._Run.finished
+    original = worker.Shared.finished
 
     def die(self, entry, *arguments):
         original(self, entry, *arguments)
@@ -95,7 +95,7 @@ def test_a_process_that_is_killed_says_so_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(teamwork, "_start_method", lambda plan: "fork")
-        patch.setattr(engine._Run, "finished", die)
+        patch.setattr(worker.Shared, "finished", die)
         with pytest.raises(ResourceError, match=r"was killed \(SIGKILL\)"):
             bigmerge.merge(models, tmp_path / "out", shard_size="5MB", processes=2)
     bigmerge.merge(models, tmp_path / "out", shard_size="5MB", processes=3)
@@ -104,14 +104,14 @@ def test_a_process_that_is_killed_says_so_and_the_same_command_goes_on(
 
 SLOW = """
 import sys, time
-from bigmerge.merging import engine
+from bigmerge.merging import engine, worker
 from bigmerge.cli.main import main
 engine._COMMIT_SECONDS = 0.05
-original = engine._Run.finished
+original = worker.Shared.finished
 def finished(self, *arguments):
     original(self, *arguments)
     time.sleep(1.0)
-engine._Run.finished = finished
+worker.Shared.finished = finished
 main(sys.argv[1:])
 """
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bigmerge.checkpoints.dtypes import dtype_name
+from bigmerge.checkpoints.dtypes import byte_count, dtype_name
 from bigmerge.checkpoints.layout import lay_out
 from bigmerge.errors import OutputError
+from bigmerge.storage.buffers import ALIGNMENT, allocate
 from bigmerge.storage.writing import CheckpointWriter, write_json, write_text
 from tests.conftest import normal, read_checkpoint
 
@@ -82,6 +85,101 @@ def test_creating_again_keeps_data_and_mends_sizes_and_headers(tmp_path: Path) -
         writer.create()
         assert writer.read("h.0.w", 0, 200) == raw("h.0.w")
     assert torch.equal(load_file(path)["h.0.w"], TENSORS["h.0.w"])
+
+
+# -- past the page cache ------------------------------------------------------------------------------------
+
+LARGE = {"wide": ("F64", (5000,)), "w": ("U8", (50_001,)), "odd": ("U8", (30_000,))}
+
+
+def placed(data: bytes, position: int, *, off: int = 0) -> memoryview:
+    """`data` in memory as it will lie in its file, or `off` bytes from there."""
+    lead = (position + off) % ALIGNMENT
+    (buffer,) = allocate([lead + len(data)])
+    buffer[lead:] = data
+    return buffer[lead:]
+
+
+def note_direct_writes(monkeypatch: pytest.MonkeyPatch, most: int = 1 << 30) -> list[tuple[int, int]]:
+    """(position, bytes) of every write past the cache; none writes more than `most` bytes."""
+    original = os.pwrite
+    noted: list[tuple[int, int]] = []
+
+    def pwrite(descriptor: int, data: memoryview, position: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            data = data[:most]
+            noted.append((position, len(data)))
+        return original(descriptor, data, position)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    return noted
+
+
+@pytest.fixture
+def directly(tmp_path: Path) -> Iterator[CheckpointWriter]:
+    """A writer that writes past the cache, two files already created."""
+    with CheckpointWriter(tmp_path, lay_out(LARGE, 90_000, metadata={}), direct=True) as writer:
+        writer.create()
+        if not writer._direct:
+            pytest.skip("no direct writes here")
+        yield writer
+
+
+@pytest.mark.parametrize("off", [0, 16])
+@pytest.mark.parametrize("most", [1 << 30, ALIGNMENT, 3 * ALIGNMENT // 2])
+def test_direct_writes_give_the_same_file(
+    directly: CheckpointWriter, monkeypatch: pytest.MonkeyPatch, most: int, off: int
+) -> None:
+    noted = note_direct_writes(monkeypatch, most)
+    generator = random.Random(most)
+    content = {}
+    for name, (dtype, shape) in LARGE.items():
+        content[name] = generator.randbytes(byte_count(dtype, shape[0]))
+        pieces = []
+        while sum(map(len, pieces)) < len(content[name]):
+            start = sum(map(len, pieces))
+            pieces.append(content[name][start : start + generator.choice([1, 4095, 4096, 9000, 20_000])])
+        starts = [sum(map(len, pieces[:number])) for number in range(len(pieces))]
+        for start, piece in generator.sample(list(zip(starts, pieces, strict=True)), len(pieces)):
+            _, position = directly.layout.place(name, start)
+            directly.write(name, start, placed(piece, position, off=off))
+    directly.sync()
+    for name, data in content.items():
+        assert directly.read(name, 0, len(data)) == data
+    assert bool(noted) == (off == 0)
+    assert all(position % ALIGNMENT == 0 for position, _ in noted)
+
+
+def test_file_systems_that_open_but_refuse_direct_writes(
+    directly: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = os.pwrite
+    refused = []
+
+    def pwrite(descriptor: int, data: memoryview, position: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(position)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return original(descriptor, data, position)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    data = random.Random(0).randbytes(40_000)
+    for _ in range(2):
+        directly.write("wide", 0, placed(data, directly.layout.place("wide")[1]))
+    assert directly.read("wide", 0, len(data)) == data
+    assert len(refused) == 1, "it is not tried again"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_errors_of_direct_writes(
+    directly: CheckpointWriter, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def pwrite(*arguments: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OutputError, match=os.strerror(code)):
+        directly.write("wide", 0, placed(bytes(40_000), directly.layout.place("wide")[1]))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
