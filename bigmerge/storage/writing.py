@@ -93,7 +93,7 @@ class CheckpointWriter:
             write_json(self.directory / SAFETENSORS_INDEX, index)
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
-        """Write `data` at byte `offset` of the tensor `name` and have the kernel start storing it.
+        """Write `data` at byte `offset` of the tensor `name`, or have the kernel start storing it.
 
         Raises:
             OutputError: the disk is full or reports an error.
@@ -110,7 +110,7 @@ class CheckpointWriter:
             self._write_cached(number, view, position)
 
     def _write_direct(self, number: int, view: memoryview, position: int) -> int:
-        """Write whole blocks past the page cache; returns how many bytes, fewer if the file system has enough of it."""
+        """Write whole blocks past the page cache; returns how many bytes the file system has taken that way."""
         done = 0
         while done < len(view) and done % ALIGNMENT == 0:
             try:
