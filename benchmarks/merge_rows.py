@@ -370,7 +370,8 @@ def processes(setting: Setting) -> list[Row]:
         copy = runs["copy, 1"].seconds / runs["copy, 2"].seconds
         name = f"{method}: --processes 2 against 1, warm"
         rows.append(Row(name, ratio, target=1.7, at_least=True, raw=_raw(runs),
-                        note=f"seconds of the work; a plain copy by 2 threads against 1: {copy:.2f} ×"))  # fmt: skip
+                        note=f"{runs['merge, 1'].seconds:.2f} s and {runs['merge, 2'].seconds:.2f} s of the work; "
+                             f"a plain copy by 2 threads against 1: {copy:.2f} ×"))  # fmt: skip
     return rows
 
 

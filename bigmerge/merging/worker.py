@@ -30,6 +30,8 @@ from bigmerge.storage.writing import CheckpointWriter
 
 #: bytes of input that each worker has the kernel read in advance
 _AHEAD_BYTES = 8 << 20
+#: windows that each worker has read at the same time past the page cache
+_READERS = 4
 
 T = TypeVar("T")
 
@@ -138,8 +140,8 @@ class Worker:
         under_way: deque[tuple[_Piece, list[Window], Callable[[], memoryview]]] = deque()
         writes: deque[Callable[[], None]] = deque()
         with (
-            _Helper("bigmerge-read", idle=schedule.io != "direct") as reader,
-            _Helper("bigmerge-write", idle=not schedule.direct_output) as writer,
+            _Helpers("bigmerge-read", _READERS if schedule.io == "direct" else 0) as reader,
+            _Helpers("bigmerge-write", int(schedule.direct_output)) as writer,
         ):
             for number, (piece, windows) in enumerate(self._windows(reader)):
                 self.watch.lap("read", sum(len(window.raw) for window in windows))
@@ -186,25 +188,24 @@ class Worker:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
-    def _windows(self, helper: _Helper) -> Iterator[tuple[_Piece, list[Window]]]:
-        """Every piece of the steps that this worker takes, with its windows, which `helper` brings into memory."""
+    def _windows(self, helpers: _Helpers) -> Iterator[tuple[_Piece, list[Window]]]:
+        """Every piece of the steps that this worker takes, with its windows, which `helpers` bring into memory."""
         sets = self.plan.schedule.sets
         ahead = sets - 1 - self.plan.schedule.depth  # sets that are read into while the others are worked on
-        coming: deque[tuple[_Piece, Callable[[], list[Window]]]] = deque()
+        coming: deque[tuple[_Piece, list[Callable[[], Window]]]] = deque()
         for number, piece in enumerate(self._pieces()):
-            coming.append((piece, helper.submit(partial(self._read, piece, number % sets))))
+            first_slot = number % sets * len(self.plan.schedule.slots)
+            specs = self.plan.inputs(piece.progress.step.tensor)
+            windows = [
+                helpers.submit(partial(self.reader.read, slot, spec, piece.first, piece.count))
+                for slot, spec in enumerate(specs, start=first_slot)
+            ]
+            coming.append((piece, windows))
             if len(coming) > ahead:
                 first, windows = coming.popleft()
-                yield first, windows()
+                yield first, [window() for window in windows]
         for first, windows in coming:
-            yield first, windows()
-
-    def _read(self, piece: _Piece, turn: int) -> list[Window]:
-        slot = turn * len(self.plan.schedule.slots)
-        specs = self.plan.inputs(piece.progress.step.tensor)
-        return [
-            self.reader.read(slot + place, spec, piece.first, piece.count) for place, spec in enumerate(specs)
-        ]
+            yield first, [window() for window in windows]
 
     def _pieces(self) -> Iterator[_Piece]:
         for step in self._steps():
@@ -234,11 +235,11 @@ class Worker:
             yield step
 
 
-class _Helper:
-    """A thread that does one thing after another; or, `idle`, none: then things are done where they are submitted."""
+class _Helpers:
+    """Threads that take one thing after another; if there are none, things are done where they are submitted."""
 
-    def __init__(self, name: str, *, idle: bool) -> None:
-        self._pool = None if idle else ThreadPoolExecutor(1, thread_name_prefix=name)
+    def __init__(self, name: str, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name) if count else None
 
     def submit(self, work: Callable[[], T]) -> Callable[[], T]:
         """Have `work` done; what is returned waits for its result, or raises its error."""
@@ -247,7 +248,7 @@ class _Helper:
             return lambda: result
         return self._pool.submit(work).result
 
-    def __enter__(self) -> _Helper:
+    def __enter__(self) -> _Helpers:
         return self
 
     def __exit__(self, *exception: object) -> None:
