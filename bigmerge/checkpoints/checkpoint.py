@@ -6,6 +6,7 @@ PyTorch's zip files (`.bin`, `.pt`, `.pth`).
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -228,8 +229,10 @@ def _open_index(path: Path) -> Checkpoint:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # longer than names can be
-        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})", file=str(path)) from error
 
 
 def _open_directory(directory: Path) -> Checkpoint:

@@ -34,6 +34,7 @@ class Arithmetic(ABC):
         self._statistics = statistics
         recipe = plan.recipe
         self._scratch = Scratch(plan.schedule.block, recipe.method.buffers(len(recipe.sources)) + 1, device)
+        self._outputs: list[torch.Tensor] = []  # bytes, `Schedule.outputs` of them
         self._view: BlockView | None = None
         self._number = -1
 
@@ -70,14 +71,24 @@ class Arithmetic(ABC):
             block.sub_(base).mul_(recipe.scale).add_(base)
         return view, block
 
+    def _place(self, number: int, first: int, nbytes: int, width: int, turn: int) -> torch.Tensor:
+        """Memory for a window of the output that lies as in its file, which direct writes need.
+
+        Unless elements, which are `width` bytes wide, lie there as they cannot in memory.
+        """
+        offset = byte_count(self.plan.dtypes[number], first)
+        _, position = self.plan.layout.place(self.plan.tensors[number].name, offset)
+        lead = position % ALIGNMENT if position % width == 0 else 0
+        return self._outputs[turn % len(self._outputs)][lead : lead + nbytes]
+
 
 class HostArithmetic(Arithmetic):
     """Computes at once, block by block in the cache, on what was read."""
 
     def __init__(self, plan: Plan, statistics: Statistics) -> None:
         super().__init__(plan, statistics, torch.device("cpu"))
-        buffers = allocate([output_window_bytes(plan) + ALIGNMENT] * plan.schedule.outputs)
-        self._out = [torch.frombuffer(buffer, dtype=torch.uint8) for buffer in buffers]
+        buffers = allocate([plan.schedule.output_bytes] * plan.schedule.outputs)
+        self._outputs = [torch.frombuffer(buffer, dtype=torch.uint8) for buffer in buffers]
 
     def start(self, number: int, windows: Sequence[Window], turn: int) -> Callable[[], memoryview]:
         entry = self.plan.tensors[number]
@@ -104,18 +115,3 @@ class HostArithmetic(Arithmetic):
                 check_convertible(entry.name, inputs[0], dtype)
                 part.copy_(inputs[0].tensor())
         return lambda: as_bytes(out)
-
-    def _place(self, number: int, first: int, nbytes: int, width: int, turn: int) -> torch.Tensor:
-        """Memory for a window of the output that lies as in its file, which direct writes need.
-
-        Unless elements, which are `width` bytes wide, lie there as they cannot in memory.
-        """
-        offset = byte_count(self.plan.dtypes[number], first)
-        _, position = self.plan.layout.place(self.plan.tensors[number].name, offset)
-        lead = position % ALIGNMENT if position % width == 0 else 0
-        return self._out[turn % len(self._out)][lead : lead + nbytes]
-
-
-def output_window_bytes(plan: Plan) -> int:
-    """Bytes of the largest window of the output."""
-    return max((byte_count(dtype, plan.schedule.window) for dtype in plan.dtypes), default=0)

@@ -60,8 +60,9 @@ class Schedule:
         device: where the arithmetic is done.
         depth: windows that each worker has under way on the device behind the one that it is reading.
         sets: sets of buffers of each worker; a set holds one window of every input of a tensor.
-        slots: bytes of each buffer of a set.
+        slots: bytes of the largest window of each input, for each of which a set has a buffer.
         outputs: buffers of each worker for windows of the output.
+        output_bytes: bytes of each of those, with room to lie as in the file.
         peak_bytes: working memory that no process will exceed.
     """
 
@@ -76,6 +77,7 @@ class Schedule:
     sets: int
     slots: tuple[int, ...]
     outputs: int
+    output_bytes: int
     peak_bytes: int
 
 
@@ -87,19 +89,19 @@ def fit(
     budget: Budget,
     *,
     cold: bool,
-    direct_output: bool,
+    local_output: bool,
 ) -> Schedule:
     """The schedule with the most workers, and the largest windows and blocks, that keeps `budget`.
 
-    If the budget leaves the way of reading open, it is "direct" for `cold` inputs, else "mmap"; and "pread"
-    where that lets more workers fit, or where the arithmetic is done on another device.
+    If the budget leaves the way of reading open, it is "pread" where the arithmetic is done on another device;
+    else "direct" for `cold` inputs, or "mmap", and "pread" where that lets more workers fit.
 
     Args:
         recipe: the merge.
         tensors, dtypes: every output tensor and its dtype.
         steps: steps of the whole merge.
         cold: whether the inputs are to be read from a local disk rather than found in the page cache.
-        direct_output: whether the output goes to a local disk.
+        local_output: whether the output goes to a local disk.
 
     Raises:
         ResourceError: not even one worker fits.
@@ -112,11 +114,18 @@ def fit(
         depth = _STAGED_DEPTH if budget.device != "cpu" else 0
         sets = 1 + depth + (io == "direct")  # direct reads go on in the background, into a set of their own
         slots = _slots(tensors, window)
-        direct = direct_output or io == "direct"
-        outputs = 1 + depth + direct  # one is written while the next is made
-        cost = _of_one_worker(recipe, tensors, io, window, block, sets, slots)
-        # Arithmetic on a device has buffers of its own, and the host's for what is only copied.
-        cost += allocated_bytes([_output_bytes(tensors, dtypes, window)] * outputs) * (2 if depth else 1)
+        direct_output = local_output or budget.io == "direct"
+        outputs = 1 + depth + direct_output  # one is written while the next is made
+        output_bytes = _output_bytes(tensors, dtypes, window)
+        buffers = [buffer_bytes(nbytes, io) for nbytes in slots] * sets
+        if depth:  # pinned memory comes in powers of two; the host has buffers for what is only copied
+            pinned = [*buffers, *[output_bytes] * outputs]
+            cost = sum(1 << (nbytes - 1).bit_length() for nbytes in pinned if nbytes)
+            cost += allocated_bytes([output_bytes] * outputs)
+        else:
+            cost = allocated_bytes(buffers) + allocated_bytes([output_bytes] * outputs)
+        cost += _mapped_bytes(tensors, window) if io == "mmap" else 0
+        cost += _scratch_bytes(recipe, tensors, block)
         workers = min(most, max(1, (budget.memory - fixed) // cost))
         schedules.append(
             Schedule(
@@ -125,12 +134,13 @@ def fit(
                 block=block,
                 processes=budget.processes,
                 io=io,
-                direct_output=direct,
+                direct_output=direct_output,
                 device=budget.device,
                 depth=depth,
                 sets=sets,
                 slots=slots,
                 outputs=outputs,
+                output_bytes=output_bytes,
                 peak_bytes=fixed + workers * cost,
             )
         )
@@ -156,11 +166,11 @@ def _rank(schedule: Schedule, *, cold: bool) -> tuple[int, bool, int, int]:
 
 def _choices(budget: Budget, *, cold: bool) -> Iterator[tuple[IO, int, int]]:
     """Ways of reading, window and block that may be used; preferred ways first."""
-    kinds: tuple[IO, ...] = ("mmap", "pread") if budget.device == "cpu" else ("pread",)
+    kinds: tuple[IO, ...] = ("direct", "mmap", "pread") if cold else ("mmap", "pread")
     if budget.io is not None:
         kinds = (budget.io,)
-    elif cold:
-        kinds = ("direct", *kinds)
+    elif budget.device != "cpu":
+        kinds = ("pread",)
     for io in kinds:
         for block in grid.BLOCKS:
             windows = {grid.STEP, block}
@@ -184,30 +194,27 @@ def _slots(tensors: Sequence[Merged | Kept], window: int) -> tuple[int, ...]:
     return tuple(slots)
 
 
-def _of_one_worker(
-    recipe: Recipe,
-    tensors: Sequence[Merged | Kept],
-    io: IO,
-    window: int,
-    block: int,
-    sets: int,
-    slots: Sequence[int],
-) -> int:
-    """Bytes of working memory of one worker, without the output."""
-    mapped = scratch = 0
-    for entry in tensors:
-        inputs = entry.inputs
-        count = min(window, inputs[0].numel)
-        if io == "mmap":  # reading a page maps the large folio around it
-            windows = [byte_count(spec.dtype, count) for spec in inputs]
-            mapped = max(mapped, sum(-(-nbytes // FOLIO) + 1 for nbytes in windows) * FOLIO)
-        if isinstance(entry, Merged):
-            width = 8 if entry.compute_dtype == "F64" else 4
-            # One more for the base, and a block of masks and rounding aids.
-            buffers = recipe.method.buffers(len(recipe.sources)) + 2
-            scratch = max(scratch, buffers * min(block, count) * width)
-    read = allocated_bytes([buffer_bytes(nbytes, io) for nbytes in slots] * sets)
-    return mapped + read + scratch
+def _mapped_bytes(tensors: Sequence[Merged | Kept], window: int) -> int:
+    """Bytes of mapped files that one worker has in memory: reading a page maps the large folio around it."""
+    return max(
+        (
+            sum(-(-byte_count(spec.dtype, min(window, spec.numel)) // FOLIO) + 1 for spec in entry.inputs)
+            for entry in tensors
+        ),
+        default=0,
+    ) * FOLIO  # fmt: skip
+
+
+def _scratch_bytes(recipe: Recipe, tensors: Sequence[Merged | Kept], block: int) -> int:
+    """Bytes of one worker's scratch buffers."""
+    # One more for the base, and a block of masks and rounding aids.
+    buffers = recipe.method.buffers(len(recipe.sources)) + 2
+    widths = (
+        (8 if entry.compute_dtype == "F64" else 4) * min(block, entry.inputs[0].numel)
+        for entry in tensors
+        if isinstance(entry, Merged)
+    )
+    return buffers * max(widths, default=0)
 
 
 def _output_bytes(tensors: Sequence[Merged | Kept], dtypes: Sequence[str], window: int) -> int:

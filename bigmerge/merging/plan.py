@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -88,7 +88,7 @@ class Plan:
 
     def input_paths(self) -> list[Path]:
         """Every file that is read."""
-        return list(dict.fromkeys(spec.path for entry in self.tensors for spec in entry.inputs))
+        return _input_paths(self.tensors)
 
     @property
     def read_bytes(self) -> int:
@@ -145,6 +145,7 @@ class Plan:
             "workers": self.schedule.workers,
             "processes": self.schedule.processes,
             "io": self.schedule.io,
+            "direct_output": self.schedule.direct_output,
             "device": self.schedule.device,
             "measuring_pass": list(self.measure),
             "disk_free_bytes": self.disk_free,
@@ -178,7 +179,7 @@ class Plan:
             f"about {format_seconds(seconds)} at 1 GB/s",
             f"working memory {format_bytes(self.schedule.peak_bytes)} of {format_bytes(self.memory)}"
             f"{each}, {self.schedule.workers} worker(s), reading by {self.schedule.io}, arithmetic on "
-            f"{self.schedule.device}",
+            f"{self.schedule.device}, writing {'past' if self.schedule.direct_output else 'through'} the page cache",
             f"{format_bytes(self.disk_free)} free on the disk",
             f"output {self.out}",
         ]
@@ -230,12 +231,11 @@ def make_plan(recipe: Recipe, out: Path, budget: Budget) -> Plan:
     numels = [target[name].numel for name in layout.tensors]
     step_ends = tuple(accumulate(-(-numel // grid.STEP) for numel in numels))
     recorded, measure = _recorded_moments(recipe, alignment)
-    inputs = dict.fromkeys(spec.path for entry in tensors for spec in entry.inputs)
-    cold = budget.io is None and are_cold(list(inputs))
+    cold = budget.io is None and are_cold(_input_paths(tensors))
     parent = next(parent for parent in out.absolute().parents if parent.is_dir())
     schedule = fit(
         recipe, tensors, dtypes, step_ends[-1] if step_ends else 0, budget,
-        cold=cold, direct_output=on_local_disk(parent),
+        cold=cold, local_output=on_local_disk(parent),
     )  # fmt: skip
     free = shutil.disk_usage(parent).free
     held = _allocated(partial_path(out))
@@ -270,6 +270,10 @@ def _recorded_moments(
         ):
             measure.append(kind)
     return recorded, tuple(measure)
+
+
+def _input_paths(tensors: Sequence[Merged | Kept]) -> list[Path]:
+    return list(dict.fromkeys(spec.path for entry in tensors for spec in entry.inputs))
 
 
 def _output_dtype(spec: TensorSpec, asked: str | None) -> str:

@@ -14,7 +14,7 @@ STAGES = {
     "read": "waiting for inputs and bringing them into memory",
     "digest": "digests of inputs and outputs",
     "compute": "arithmetic and conversions",
-    "write": "handing the output to the kernel",
+    "write": "handing the output to the kernel, or waiting for the disk to take it",
     "wait": "until all is on the disk, after the last step",
 }
 
@@ -26,11 +26,13 @@ class Profile:
     Attributes:
         seconds, moved: of each stage, over all workers together; "wait" is of the whole run.
         workers: how many worked side by side.
+        beside: stages that went on beside the others, so that only the waiting for them is in `seconds`.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     moved: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     workers: int = 0
+    beside: set[str] = field(default_factory=set)
 
     @classmethod
     def total(cls, profiles: Iterable[Profile]) -> Profile:
@@ -38,6 +40,7 @@ class Profile:
         whole = cls()
         for profile in profiles:
             whole.workers += profile.workers
+            whole.beside |= profile.beside
             for stage in STAGES:
                 whole.moved[stage] += profile.moved[stage]
                 seconds = whole.seconds[stage], profile.seconds[stage]
@@ -71,7 +74,7 @@ class Profile:
         return "\n".join(lines)
 
     def _rate(self, stage: str) -> float | None:
-        if not self.moved[stage] or not self.seconds[stage]:
+        if not self.moved[stage] or not self.seconds[stage] or stage in self.beside:
             return None
         return round(self.moved[stage] / self.seconds[stage] / 1e9, 3)
 
@@ -79,8 +82,8 @@ class Profile:
 class Stopwatch:
     """Divides one worker's time among stages."""
 
-    def __init__(self) -> None:
-        self.profile = Profile(workers=1)
+    def __init__(self, beside: Iterable[str] = ()) -> None:
+        self.profile = Profile(workers=1, beside=set(beside))
         self._last = time.perf_counter()
 
     def lap(self, stage: str, moved: int = 0) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from bigmerge.checkpoints.dtypes import torch_dtype
 from bigmerge.merging.alignment import Merged
-from bigmerge.merging.arithmetic import Arithmetic, HostArithmetic, output_window_bytes
+from bigmerge.merging.arithmetic import Arithmetic, HostArithmetic
 from bigmerge.merging.measure import Statistics
 from bigmerge.merging.plan import Plan
 from bigmerge.merging.values import check_limits
@@ -28,16 +28,16 @@ class StagedArithmetic(Arithmetic):
         super().__init__(plan, statistics, device)
         self._host = HostArithmetic(plan, statistics)
         schedule = plan.schedule
-        out_bytes = output_window_bytes(plan)
         self._stream: Any = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         pinned = device.type == "cuda"
         # One set is enough here, for on a stream the next copy waits for the arithmetic before it.
         self._inputs = [torch.empty(nbytes, dtype=torch.uint8, device=device) for nbytes in schedule.slots]
-        self._result = torch.empty(out_bytes, dtype=torch.uint8, device=device)
+        self._result = torch.empty(schedule.output_bytes, dtype=torch.uint8, device=device)
         self._outputs = [
-            torch.empty(out_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(schedule.outputs)
+            torch.empty(schedule.output_bytes, dtype=torch.uint8, pin_memory=pinned)
+            for _ in range(schedule.outputs)
         ]
         self._limits = [
             torch.empty(2, dtype=torch.float64, pin_memory=pinned) for _ in range(schedule.outputs)
@@ -46,14 +46,10 @@ class StagedArithmetic(Arithmetic):
     def start(self, number: int, windows: Sequence[Window], turn: int) -> Callable[[], memoryview]:
         entry = self.plan.tensors[number]
         if not isinstance(entry, Merged):
-            # At once into a buffer of this turn: the host's own is used again by the next.
-            data = self._host.start(number, windows, turn)()
-            kept = self._outputs[turn % len(self._outputs)][: len(data)]
-            kept.copy_(torch.frombuffer(data, dtype=torch.uint8))
-            return lambda: as_bytes(kept)
+            return self._host.start(number, windows, turn)
         dtype = torch_dtype(self.plan.dtypes[number])
         count = windows[0].count
-        out = self._outputs[turn % len(self._outputs)][: count * dtype.itemsize].view(dtype)
+        out = self._place(number, windows[0].first, count * dtype.itemsize, dtype.itemsize, turn).view(dtype)
         limits = self._limits[turn % len(self._limits)]
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
             tensors = [

@@ -95,10 +95,11 @@ class Shared:
 
 
 class _Progress:
-    """One step on its way: digests of what was read and written so far."""
+    """One step on its way: digests of what was read and written so far, and whether a write has failed."""
 
     def __init__(self, step: Step, inputs: int) -> None:
         self.step = step
+        self.failed = False
         self.output = xxhash.xxh3_128()
         self.inputs = [xxhash.xxh3_64() for _ in range(inputs)]
 
@@ -132,7 +133,8 @@ class Worker:
             if device.type == "cpu" and not schedule.depth
             else StagedArithmetic(plan, statistics, device)
         )
-        self.watch = Stopwatch()
+        beside = {"read": schedule.io == "direct", "write": schedule.direct_output}
+        self.watch = Stopwatch(beside=[stage for stage, so in beside.items() if so])
 
     def run(self) -> None:
         """Do steps until none is left."""
@@ -181,9 +183,13 @@ class Worker:
         """Write a piece of the output; after a step's last, the step is finished."""
         step = piece.progress.step
         name, dtype = self.plan.tensors[step.tensor].name, self.plan.dtypes[step.tensor]
-        self.writer.write(name, byte_count(dtype, piece.first), data)
+        try:
+            self.writer.write(name, byte_count(dtype, piece.first), data)
+        except BaseException:
+            piece.progress.failed = True  # a later piece of the step may still be written
+            raise
         self.shared.count(len(data) + read)
-        if piece.last:
+        if piece.last and not piece.progress.failed:
             self.shared.finished(piece.progress.entry(), byte_count(dtype, step.count))
 
     # -- reading ---------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import ctypes
 import mmap
 from collections.abc import Iterator, Sequence
 
-#: what direct reads and writes begin and end at, in the file and in memory: a multiple of every block size in use
-ALIGNMENT = 4096
+#: what direct reads and writes begin and end at, in the file and in memory: a multiple of every block size in use,
+#: and whole pages, so that what is written past the page cache and what through it never share one
+ALIGNMENT = max(4096, mmap.PAGESIZE)
 #: Of ordinary pages the kernel makes requests of 512 KiB to 1 MiB, for each page is an entry in the device's list.
 #: In huge pages a request may be as long as the device takes it, which was three times as fast where it was measured.
 HUGE_PAGE = 2 << 20
@@ -33,6 +34,8 @@ def allocate(sizes: Sequence[int]) -> list[memoryview]:
     whole = total >= HUGE_PAGE
     # Private, for shared memory has no huge pages by default. What is before and behind is never touched.
     mapping = mmap.mmap(-1, total + (HUGE_PAGE if whole else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Where a page is shared with a forked child, a direct read may go to the child's copy.
+    mapping.madvise(mmap.MADV_DONTFORK)
     start = -address(mapping) % HUGE_PAGE if whole else 0
     if whole:
         with contextlib.suppress(OSError):  # a kernel without them

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import resource
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from bigmerge.storage.descriptors import allow_open_files
 from bigmerge.storage.mapping import MappedFile
 from bigmerge.storage.reading import IO, BufferedFile, DirectFile, InputFile
-
-#: what may be open beside the inputs: outputs, libraries, pipes
-_OTHER_FILES = 1024
 
 log = logging.getLogger("bigmerge.storage")
 
@@ -33,7 +29,7 @@ class InputFiles:
 
     def __init__(self, paths: Iterable[Path], io: IO) -> None:
         paths = list(dict.fromkeys(paths))
-        _allow_open_files(len(paths))
+        allow_open_files(len(paths))
         self.io = io
         self._files: dict[Path, InputFile] = {}
         try:
@@ -68,13 +64,3 @@ class InputFiles:
         for file in self._files.values():
             file.close()
         self._files.clear()
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise this process's own limit of open files, as far as that is allowed, if `count` more come near it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))

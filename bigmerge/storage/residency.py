@@ -26,20 +26,21 @@ def on_local_disk(path: Path) -> bool:
 
 
 def are_cold(paths: Sequence[Path]) -> bool:
-    """Whether all files are on such disks, and most of what they hold is not in the page cache."""
+    """Whether all files are on such disks and can be read directly, and most of them is not in the page cache."""
     try:
         sizes = [path.stat().st_size for path in paths]
         if not sum(sizes) or not all(map(on_local_disk, paths)):
             return False
+        places = random.Random()  # other places every time: what is looked at is in the cache the next time
         cached = looked = 0
         for path, size in zip(paths, sizes, strict=True):
             count = -(-_SAMPLES * size // sum(sizes))
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))  # some file systems cannot
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 # The kernel must not take this for the beginning of a long read.
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-                # Anywhere, for what is looked at is in the cache the next time.
-                cached += sum(_is_cached(descriptor, random.randrange(size)) for _ in range(count))
+                cached += sum(_is_cached(descriptor, places.randrange(size)) for _ in range(count))
                 looked += count
             finally:
                 os.close(descriptor)

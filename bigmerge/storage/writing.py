@@ -15,6 +15,7 @@ from bigmerge.checkpoints.checkpoint import SAFETENSORS_INDEX
 from bigmerge.checkpoints.layout import Layout
 from bigmerge.errors import OutputError
 from bigmerge.storage.buffers import ALIGNMENT, address
+from bigmerge.storage.descriptors import allow_open_files
 
 _START_WRITEBACK = 2  # SYNC_FILE_RANGE_WRITE: begin writing dirty pages, do not wait
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -36,6 +37,7 @@ class CheckpointWriter:
         self._descriptors: dict[int, int] = {}
         self._direct = direct
         self._direct_descriptors: dict[int, int] = {}
+        allow_open_files((1 + direct) * len(layout.shards))
 
     def __enter__(self) -> CheckpointWriter:
         return self

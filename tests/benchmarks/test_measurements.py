@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -52,7 +53,12 @@ def test_the_floor_reads_everything_and_writes_as_much_as_asked(tmp_path, capsys
     monkeypatch.setattr(floor.os, "preadv", preadv)
     models = [write_llama(tmp_path / f"m{n}", SHAPE, seed=n) for n in range(2)]
     sizes = [file.stat().st_size for model in models for file in model.glob("*.safetensors")]
-    floor.main(2, sizes[0], str(tmp_path / "out"), [str(model) for model in models], direct=direct)
+    try:
+        floor.main(2, sizes[0], str(tmp_path / "out"), [str(model) for model in models], direct=direct)
+    except OSError as error:
+        if not direct or error.errno != errno.EINVAL:
+            raise
+        pytest.skip("no direct reads here")
     assert sum(read) == sum(sizes)
     assert (tmp_path / "out").stat().st_size == sizes[0] // 4096 * 4096, "whole blocks"
     assert float(capsys.readouterr().out) > 0

@@ -14,7 +14,7 @@ from typing import Any
 
 from bigmerge.errors import BigmergeError
 
-_SECONDS = 5.0
+_SECONDS = 60.0
 _MORE_BYTES = 512 << 20
 #: audit events that name a file, and how many of their arguments do; those with a directory's descriptor have it last
 _EVENTS = {
@@ -49,8 +49,8 @@ class Escape(AssertionError):
     """A file was touched that has nothing to do with the input."""
 
 
-class Hang(AssertionError):
-    """One input took longer than any may."""
+class Hang(BaseException):
+    """One input took longer than any may. No Exception: what waits for threads would keep it until they end."""
 
 
 _allowed: tuple[str, ...] | None = None

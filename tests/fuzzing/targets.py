@@ -56,7 +56,7 @@ def check_header(root: Path, raw: bytes) -> bool:
 def check_index(root: Path, files: Mapping[str, bytes]) -> bool:
     """A directory of weights, index and configuration, opened as a whole and file by file.
 
-    Whether it was accepted as a whole; then every tensor lies in a file of its own.
+    Whether it was accepted as a whole. Every tensor that is found lies within one of `files`.
     """
     directory = root / "checkpoint"
     _write(directory, files)

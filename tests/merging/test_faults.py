@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 import bigmerge
 from bigmerge.errors import BigmergeError, CheckpointError, OutputError
+from bigmerge.merging.grid import STEP
 from bigmerge.storage.staging import Staging, discard, partial_path
 from tests.conftest import file_bytes, normal, write_checkpoint
 
@@ -109,10 +111,9 @@ class Failing:
         return call
 
 
-def merge_failing_at(monkeypatch, models, out, number, code, io=None):
+def merge_failing_at(monkeypatch, models, out, number, code, io=None, local=True):
     with monkeypatch.context() as patch:
-        # Mapped inputs go with an output that is written through the page cache, direct ones past it.
-        patch.setattr("bigmerge.merging.plan.on_local_disk", lambda path: io == "direct")
+        patch.setattr("bigmerge.merging.plan.on_local_disk", lambda path: local)
         calls = Failing(patch, out.parent, number, code)
         try:
             bigmerge.merge(models, out, io=io, **OPTIONS)
@@ -121,10 +122,13 @@ def merge_failing_at(monkeypatch, models, out, number, code, io=None):
     return calls, None
 
 
-@pytest.mark.parametrize(("code", "io"), [(errno.ENOSPC, "mmap"), (errno.EIO, "mmap"), (errno.EIO, "direct")])
-def test_a_disk_that_fails_at_any_call(models, expected, tmp_path, monkeypatch, code, io):
+@pytest.mark.parametrize(
+    ("code", "io", "local"),
+    [(errno.ENOSPC, "mmap", False), (errno.EIO, "mmap", True), (errno.EIO, "direct", True)],
+)
+def test_a_disk_that_fails_at_any_call(models, expected, tmp_path, monkeypatch, code, io, local):
     (tmp_path / "count").mkdir()
-    calls, error = merge_failing_at(monkeypatch, models, tmp_path / "count" / "out", None, code, io)
+    calls, error = merge_failing_at(monkeypatch, models, tmp_path / "count" / "out", None, code, io, local)
     assert error is None
     assert calls.count > 60
     assert {"pwrite", "fdatasync", "write", "posix_fallocate", "open", "fsync"} <= set(calls.names)
@@ -132,7 +136,7 @@ def test_a_disk_that_fails_at_any_call(models, expected, tmp_path, monkeypatch, 
     for number in range(1, calls.count + 1):
         root = tmp_path / f"{number}"
         root.mkdir()
-        failed, error = merge_failing_at(monkeypatch, models, root / "out", number, code, io)
+        failed, error = merge_failing_at(monkeypatch, models, root / "out", number, code, io, local)
         if error is None:
             # What may fail without harm: leftovers after the output has got its name.
             unnoticed.append(failed.names[number - 1])
@@ -150,6 +154,32 @@ def test_a_disk_that_fails_at_any_call(models, expected, tmp_path, monkeypatch, 
         assert not partial_path(root / "out").exists()
         shutil.rmtree(root)
     assert set(unnoticed) <= {"unlink", "posix_fallocate"}, unnoticed
+
+
+def test_a_step_of_which_a_part_was_not_written_is_not_recorded(models, expected, tmp_path, monkeypatch):
+    from bigmerge.storage.journal import Journal
+    from bigmerge.storage.writing import CheckpointWriter
+
+    options = {"io": "direct", "memory": "48MiB", **OPTIONS}
+    plan = bigmerge.plan_merge(models, tmp_path / "out", **options)
+    assert plan.schedule.window < STEP, "a step is written in several parts"
+    write = CheckpointWriter.write
+
+    def fail_once(self, name, offset, data):
+        if offset == 0 and name == "h.1.weight":
+            time.sleep(0.2)  # meanwhile the step's next part is made
+            raise OutputError("the disk failed")
+        write(self, name, offset, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", fail_once)
+        with pytest.raises(OutputError, match="the disk failed"):
+            bigmerge.merge(models, tmp_path / "out", **options)
+    with Journal(partial_path(tmp_path / "out") / "journal-0") as journal:
+        done = [plan.step(entry.number) for entry in journal.replay()]
+    assert not [step for step in done if plan.tensors[step.tensor].name == "h.1.weight" and step.start == 0]
+    bigmerge.merge(models, tmp_path / "out", **options)
+    assert file_bytes(tmp_path / "out") == expected
 
 
 def test_short_writes_and_short_reads(models, expected, tmp_path, monkeypatch):

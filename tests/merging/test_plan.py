@@ -21,6 +21,7 @@ from bigmerge.merging import plan as module
 from bigmerge.merging.alignment import Merged
 from bigmerge.merging.grid import STEP
 from bigmerge.merging.plan import Plan
+from bigmerge.storage.buffers import ALIGNMENT
 from tests.building import write_fisher
 from tests.conftest import normal, write_checkpoint
 
@@ -183,7 +184,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     ("cold", "local", "asked", "io", "direct_output"),
     [
         (True, True, None, "direct", True),
-        (True, False, None, "direct", True),
+        (True, False, None, "direct", False),
         (False, True, None, "mmap", True),
         (False, False, None, "mmap", False),
         (True, True, "mmap", "mmap", True),
@@ -214,6 +215,14 @@ def test_cold_inputs_are_read_past_the_cache_in_little_memory_too(
     assert schedule.window >= 1 << 18
     least = bigmerge.plan_merge(both, tmp_path / "out", memory="64MiB", io="pread").schedule
     assert least.workers == 2
+
+
+def test_small_tensors_need_small_buffers(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.mktemp("small")
+    small = [write_checkpoint(root / name, {"w": normal(1000, 0)}) for name in "ab"]
+    schedule = bigmerge.plan_merge(small, tmp_path / "out").schedule
+    assert schedule.slots == (4000, 4000)
+    assert schedule.output_bytes == 4000 + ALIGNMENT, "room to lie as in the file"
 
 
 @pytest.mark.parametrize("memory", ["44MiB", "48MiB", "64MiB", "96MiB", "1GiB"])

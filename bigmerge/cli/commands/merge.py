@@ -93,8 +93,8 @@ def merge(
         str | None,
         typer.Option(
             help="How inputs are read: mmap; pread (network file systems, dozens of models in little memory); "
-            "direct (past the page cache). Default: direct if most is not cached and on a local disk, else mmap, "
-            "or pread where memory is short.",
+            "direct (past the page cache, the output too). Default: direct if most is not cached and on a local "
+            "disk, else mmap, or pread where memory is short.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where the arithmetic is done: cpu, cuda, cuda:1, …")] = "cpu",
