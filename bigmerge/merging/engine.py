@@ -7,8 +7,11 @@ never claims what is not stored.
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -57,6 +60,35 @@ def run_steps(
         torch.set_num_threads(threads_before)
 
 
+class _Thread(threading.Thread):
+    """A thread that tells when it has done its work.
+
+    Before Python 3.13 `join` and `is_alive` take a live thread for ended after an exception, such as that of Ctrl-C,
+    has interrupted a `join`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        """Do the work."""
+        try:
+            super().run()
+        finally:
+            self.ended.set()
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Have signals wait, lest one leaves it open whether a thread was started."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Run:
     """The threads of one run and what they share."""
 
@@ -85,12 +117,10 @@ class _Run:
     def run(self, moved: Callable[[int], None]) -> Profile:
         """Start the threads, tell of progress, and see every one of them end."""
         workers = [
-            threading.Thread(target=self._guard, args=(self._work,), name=f"bigmerge-{number}", daemon=True)
+            _Thread(target=self._guard, args=(self._work,), name=f"bigmerge-{number}", daemon=True)
             for number in range(self.plan.schedule.workers)
         ]
-        committer = threading.Thread(
-            target=self._guard, args=(self._commit,), name="bigmerge-commit", daemon=True
-        )
+        committer = _Thread(target=self._guard, args=(self._commit,), name="bigmerge-commit", daemon=True)
         watch = Stopwatch()
         interrupted = ended = False
         while not ended:
@@ -118,25 +148,27 @@ class _Run:
 
     def _see_to_end(
         self,
-        workers: list[threading.Thread],
-        committer: threading.Thread,
+        workers: list[_Thread],
+        committer: _Thread,
         watch: Stopwatch,
         moved: Callable[[int], None],
     ) -> None:
         """Start what has not been started, and wait for all of it. Can be called again after an interruption."""
         for thread in (committer, *workers):
             if thread.ident is None and not (self.shared.stop.is_set() and thread is not committer):
-                thread.start()
+                with _signals_held():
+                    thread.start()
         for thread in workers:
-            while thread.is_alive():
-                thread.join(_POLL_SECONDS)
+            while thread.ident is not None and not thread.ended.wait(_POLL_SECONDS):
                 if not self.shared.stop.is_set():
                     moved(self.shared.moved)
         watch.lap("read")  # nobody asks for it: the workers keep their own time
-        while committer.is_alive():
-            self.workers_done = True
-            self.shared.wake.set()
-            committer.join(_POLL_SECONDS)
+        self.workers_done = True
+        self.shared.wake.set()
+        committer.ended.wait()
+        for thread in (committer, *workers):
+            if thread.ident is not None:
+                thread.join()
         watch.lap("wait")
         if not self.shared.stop.is_set():
             moved(self.shared.moved)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import bigmerge
-from bigmerge.errors import BigmergeError, CheckpointError, OutputError, ResumeError
+from bigmerge.errors import BigmergeError, CheckpointError, Interrupted, OutputError, ResumeError
 from bigmerge.merging import worker
 from tests.building import write_fisher
 from tests.conftest import file_bytes, normal, read_checkpoint, write_checkpoint
@@ -354,20 +355,17 @@ def test_an_existing_output_is_touched_only_on_request(models, expected, tmp_pat
 
 @pytest.mark.parametrize("place", ["start", "wait"])
 def test_ctrl_c_at_any_point_of_waiting_ends_every_thread(models, expected, tmp_path, monkeypatch, place):
-    import threading
-
-    from bigmerge.errors import Interrupted
-
     hits = [0]
-    method = {"start": "start", "wait": "is_alive"}[place]
-    original = getattr(threading.Thread, method)
+    owner = {"start": threading.Thread, "wait": threading.Event}[place]
+    original = getattr(owner, place)
 
-    def interrupt(self):
-        if self.name.startswith("bigmerge-") and threading.current_thread() is threading.main_thread():
+    def interrupt(self, *arguments):
+        ours = place == "wait" or self.name.startswith("bigmerge-")
+        if ours and sys._getframe(1).f_code.co_name == "_see_to_end":
             hits[0] += 1
             if hits[0] == 2:
                 raise KeyboardInterrupt
-        return original(self)
+        return original(self, *arguments)
 
     finished = worker.Shared.finished
 
@@ -377,10 +375,32 @@ def test_ctrl_c_at_any_point_of_waiting_ends_every_thread(models, expected, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(worker.Shared, "finished", slowly)
-        patch.setattr(threading.Thread, method, interrupt)
+        patch.setattr(owner, place, interrupt)
         with pytest.raises(Interrupted):
             bigmerge.merge(models, tmp_path / "out")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("bigmerge-")]
+    bigmerge.merge(models, tmp_path / "out")
+    assert file_bytes(tmp_path / "out") == expected
+
+
+def test_ctrl_c_while_waiting_for_a_worker_waits_for_its_end(models, expected, tmp_path, monkeypatch):
+    """A real signal: `Thread.join` would take the thread for ended."""
+    finished = worker.Shared.finished
+    at_work = set()
+
+    def slowly(self, *arguments):
+        at_work.add(threading.get_ident())
+        time.sleep(0.5)
+        finished(self, *arguments)
+        at_work.discard(threading.get_ident())
+
+    timer = threading.Timer(0.25, os.kill, (os.getpid(), signal.SIGINT))
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.Shared, "finished", slowly)
+        timer.start()
+        with pytest.raises(Interrupted):
+            bigmerge.merge(models, tmp_path / "out", workers=1)
+        assert not at_work
     bigmerge.merge(models, tmp_path / "out")
     assert file_bytes(tmp_path / "out") == expected
 
