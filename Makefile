@@ -16,7 +16,7 @@ help:
 	@echo "make test      quick tests (ARGS=... goes to pytest)"
 	@echo "make test-slow the slow tests; make test-all: both"
 	@echo "make check     ruff, mypy"
-	@echo "make bench     small benchmarks (about 6 minutes)"
+	@echo "make bench     small benchmarks (about 10 minutes)"
 	@echo "make clean     remove what the above have made, .venv included"
 
 demo: $(DEMO)
