@@ -71,7 +71,7 @@ def test_costs(both: list[Path], tmp_path: Path) -> None:
     size = sum(tensor.nbytes for tensor in tensors(0).values())
     assert plan.read_bytes == 2 * size - 40, "of the integers only the target's is read"
     assert plan.write_bytes == plan.layout.nbytes
-    assert 0 < plan.write_bytes - size < 6000
+    assert plan.write_bytes - size == 4096, "the header fills a page"
     assert plan.transfer_bytes == plan.read_bytes + size
     assert plan.schedule.peak_bytes <= plan.memory == 256 << 20
     assert plan.disk_needed >= plan.write_bytes
